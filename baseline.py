@@ -45,12 +45,14 @@ from open_clip import transform as clip_transform
 from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.serialization import config as serialization_config
 from tqdm import tqdm
 
 # --- constants ------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
 FORMAT, FORMAT_VERSION = "baseline-aigiqa", 1
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOS_SCALES = (1.0, 5.0, 10.0, 100.0)
 METRICS = ("srocc", "plcc", "krocc", "rmse")
 TARGETS = ("q", "c")
@@ -86,6 +88,17 @@ DEMO = dict(data_csv_path=str(HERE / "data/demo/data.csv"),
 
 class UserError(Exception):
     """Tell the user the rule, the value that broke it and the remedy; exits with status 2."""
+
+
+def progress(iterable, what, total):
+    """Show a progress bar on a terminal, nothing elsewhere."""
+    return tqdm(iterable, desc=what, total=total, leave=False, disable=not sys.stderr.isatty())
+
+
+def autocast(args, device):
+    """Return the autocast context of --precision; heads and losses leave it."""
+    return torch.autocast(device.type, dtype=PRECISIONS[args.precision],
+                          enabled=args.precision != "fp32")
 
 
 # --- command line ---------------------------------------------------------------------------
@@ -319,5 +332,2344 @@ def parse_args(argv=None):
                      "drop --resume_from")
     if args.no_amp:
         args.precision = "fp32"
+    args.explicit = (set(given) | set(defaults)) - {"preset", "demo"}
     args.cache_dir = args.cache_dir or str(Path(args.output_dir) / "cache")
     return args
+
+
+# --- data -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """The validated CSV, sorted by name, so that nothing depends on the order of its rows.
+
+    frame: N rows, the CSV's own columns plus `row`, the line in the CSV (the header is row 1)
+    paths: N image files
+    prompts, prompt_id: U unique prompts; (N,) index into them
+    explanations, explanation_id: unique non-empty explanations; (N,) index, -1 where empty
+    quality, consistency: (N,) float32 human MOS divided by the label scale, NaN where unknown
+    scales: {"q": .., "c": ..} label scales
+    """
+
+    frame: pd.DataFrame
+    paths: list
+    prompts: list
+    prompt_id: np.ndarray
+    explanations: list
+    explanation_id: np.ndarray
+    quality: np.ndarray
+    consistency: np.ndarray
+    scales: dict
+
+
+def read_csv(path):
+    """Read a CSV as text, byte order mark or not; raise UserError where it is none."""
+    if not Path(path).is_file():
+        raise UserError(f"The CSV must exist, but there is no file {path}: give its place with "
+                        f"--data_csv_path, or see it work with --demo.")
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} must be UTF-8, but byte {error.start} is not: save it as "
+                        f"'CSV UTF-8'.") from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
+        raise UserError(f"{path} is not a readable CSV ({str(error).strip()}): its first line must "
+                        f"name the columns, and texts with commas need quotes.") from error
+    frame.insert(0, "row", np.arange(2, len(frame) + 2))
+    return frame
+
+
+def auto_scale(mos):
+    """Return the smallest of MOS_SCALES that is not below the largest MOS, or None."""
+    largest = mos.max() if len(mos) else 0
+    return next((scale for scale in MOS_SCALES if largest <= scale), None)
+
+
+def inside(base, name):
+    """Return whether base / name, links resolved, stays inside the resolved folder base."""
+    return not os.path.isabs(name) and Path(base, name).resolve().is_relative_to(base)
+
+
+def check_names(frame, args):
+    """Return the problems of the name and prompt columns as (what, rows, remedy)."""
+    names, prompts = frame[args.name_column], frame[args.prompt_column]
+    base = Path(args.image_base_dir).resolve()
+    blank = names.str.strip() == ""
+    outside = ~blank & ~names.map(lambda name: "\0" not in name and inside(base, name))
+    missing = ~blank & ~outside & ~names.map(lambda name: (base / name).is_file())
+    rows = frame["row"]
+    return [
+        ("empty image names", rows[blank], "fill them in or remove the rows"),
+        ("duplicate image names", rows[names.duplicated(keep=False) & ~blank],
+         "keep one row per image"),
+        ("empty prompts", rows[prompts.str.strip() == ""], "fill them in or remove the rows"),
+        (f"image names that leave {args.image_base_dir}", rows[outside],
+         "use names relative to --image_base_dir, without '..' or links that lead out"),
+        (f"image files missing in {args.image_base_dir}", rows[missing],
+         "check --image_base_dir and the names"),
+    ]
+
+
+def check_mos(frame, column, scale, flag):
+    """Return the problems of one MOS column and its label scale, None where it has none.
+
+    frame: the CSV; column: its name; scale: the user's label scale or None for automatic.
+    """
+    mos = pd.to_numeric(frame[column].str.strip(), errors="coerce").astype(float)
+    finite = np.isfinite(mos)
+    scale = scale or auto_scale(mos[finite])
+    high = finite & (mos > (scale or MOS_SCALES[-1]))
+    rows = frame["row"]
+    return scale, [
+        (f"{column} that is not a finite number", rows[~finite], "correct or remove the rows"),
+        (f"{column} below 0", rows[finite & (mos < 0)], "shift the scores to start at 0"),
+        (f"{column} above the label scale {scale or MOS_SCALES[-1]:g}", rows[high],
+         f"give the top of your scale with --{flag}"),
+    ]
+
+
+def raise_problems(path, problems):
+    """Raise one UserError that lists every kind of problem with its count and first rows."""
+    lines = []
+    for what, rows, remedy in problems:
+        if len(rows):
+            first = ", ".join(map(str, rows[:5])) + (", .." if len(rows) > 5 else "")
+            noun = "row" if len(rows) == 1 else "rows"
+            lines.append(f"  - {what}: {len(rows)} {noun} ({first}); {remedy}")
+    if lines:
+        raise UserError(f"{path} cannot be used, the header being row 1:\n" + "\n".join(lines))
+
+
+def unique_texts(texts):
+    """Return (sorted unique texts, (N,) int64 index of each text in them)."""
+    unique, index = np.unique(np.array(texts, dtype=object).astype(str), return_inverse=True)
+    return unique.tolist(), index.astype(np.int64)
+
+
+def load_table(args):
+    """Read and validate the whole CSV; raise one UserError that lists all that is wrong."""
+    frame = read_csv(args.data_csv_path)
+    columns = [args.name_column, args.prompt_column, args.quality_column, args.consistency_column]
+    columns += [args.explanation_column] if args.use_explanations else []
+    absent = [column for column in columns if column not in frame]
+    if absent:
+        raise UserError(f"{args.data_csv_path} needs the columns {', '.join(columns)}, but "
+                        f"{', '.join(absent)} is missing (it has {', '.join(frame.columns[1:])}): "
+                        f"rename it with --name_column, --prompt_column, --quality_column, "
+                        f"--consistency_column or --explanation_column.")
+    if frame.empty:
+        raise UserError(f"{args.data_csv_path} has a header but no rows: add one per image.")
+    scale_q, problems_q = check_mos(frame, args.quality_column, args.label_scale_q,
+                                    "label_scale_q")
+    scale_c, problems_c = check_mos(frame, args.consistency_column, args.label_scale_c,
+                                    "label_scale_c")
+    raise_problems(args.data_csv_path, check_names(frame, args) + problems_q + problems_c)
+    frame = frame.sort_values(args.name_column, ignore_index=True)
+    return make_table(frame, args, {"q": scale_q, "c": scale_c})
+
+
+def make_table(frame, args, scales):
+    """Turn a validated CSV into a Table (see there)."""
+    prompts, prompt_id = unique_texts(frame[args.prompt_column])
+    explanations, explanation_id = [], np.full(len(frame), -1)
+    if args.use_explanations:
+        texts = frame[args.explanation_column].str.strip()
+        filled = (texts != "").to_numpy()
+        explanations, explanation_id[filled] = unique_texts(texts[filled])
+    mos = {target: (pd.to_numeric(frame[column].str.strip()) / scales[target]).to_numpy(np.float32)
+           for target, column in (("q", args.quality_column), ("c", args.consistency_column))}
+    paths = [Path(args.image_base_dir, name) for name in frame[args.name_column]]
+    return Table(frame, paths, prompts, prompt_id, explanations, explanation_id,
+                 mos["q"], mos["c"], scales)
+
+
+def split_rows(table, args, seed):
+    """Split the rows into {"train", "val", "test"}: sorted arrays of row numbers.
+
+    By prompt, all images of a prompt (case and spacing aside) go to one part. Prompts are drawn
+    in a random order that depends on the seed alone; one is taken while that brings the part's
+    number of images closer to its ratio.
+    """
+    if args.split_by == "prompt":
+        keys = [" ".join(prompt.casefold().split()) for prompt in table.prompts]
+        group = unique_texts(keys)[1][table.prompt_id]
+    else:
+        group = np.arange(len(table.frame))
+    sizes = np.bincount(group)
+    part_of = np.zeros(len(sizes), dtype=int)
+    order = np.random.default_rng([seed, 0]).permutation(len(sizes))
+    for part, ratio in ((2, args.test_ratio), (1, args.val_ratio)):
+        room = ratio * len(group)
+        for g in order:
+            if part_of[g] == 0 and sizes[g] / 2 <= room:
+                part_of[g], room = part, room - sizes[g]
+    parts = {name: np.flatnonzero(part_of[group] == i)
+             for i, name in enumerate(("train", "val", "test"))}
+    wanted = ["train", "val"] + (["test"] if args.test_ratio else [])
+    small = [name for name in wanted if len(parts[name]) < 2]
+    if small:
+        raise UserError(f"Each part needs at least 2 images, but {small[0]} has "
+                        f"{len(parts[small[0]])} of {len(group)} (in {len(sizes)} groups): add "
+                        f"images or prompts, or change --val_ratio, --test_ratio or --split_by.")
+    return parts
+
+
+def split_hash(table, parts, args):
+    """Return a short hash of which image name is in which part."""
+    names = table.frame[args.name_column].to_numpy()
+    text = json.dumps({part: names[rows].tolist() for part, rows in parts.items()})
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def load_image(path):
+    """Return the image as RGB, upright as its EXIF says, the first frame where it is animated.
+
+    16-bit greyscale is scaled to 8 bits (Pillow would clip it). Raises OSError, ValueError,
+    SyntaxError or Image.DecompressionBombError where the file is no readable image.
+    """
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).astype(np.uint8))
+        return image.convert("RGB")
+
+
+class ImageBatches(torch.utils.data.Dataset):
+    """Decode and preprocess batches of images with open_clip's own transform, up to uint8.
+
+    paths: N files; rows: their CSV rows; config: open_clip PreprocessCfg as a dict.
+    An item is asked for by an array of B row numbers and is a (B, 3, H, W) uint8 tensor, or the
+    UserError that names a bad file (workers would wrap it in a traceback if it were raised).
+    """
+
+    def __init__(self, paths, rows, config):
+        self.paths, self.rows = paths, rows
+        transform = clip_transform.image_transform_v2(
+            clip_transform.PreprocessCfg(**config), is_train=False)
+        self.transforms = transform.transforms[:-2]  # to tensor and normalisation come later
+
+    def view(self, index):
+        """Return the preprocessed original view of one image as (3, H, W) uint8."""
+        image = load_image(self.paths[index])
+        for transform in self.transforms:
+            image = transform(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def __getitem__(self, indices):
+        views = []
+        for index in indices:
+            try:
+                views.append(self.view(index))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                return UserError(f"Every image must be readable, but {self.paths[index]} (CSV row "
+                                 f"{self.rows[index]}) is not ({error}): replace the file or "
+                                 f"remove the row.")
+        return torch.stack(views)
+
+
+def tokenize(tokenizer, texts, what):
+    """Return (U, T) token ids, and say once how many texts are longer than the text tower reads."""
+    context = tokenizer.context_length
+    ids = tokenizer(texts, context_length=8 * context)
+    padding = tokenizer([""], context_length=8 * context)[0, -1]
+    longer = int((ids[:, context:] != padding).any(dim=1).sum())
+    if longer:
+        print(f"{longer} of {len(texts)} {what} are longer than {context} tokens: the text tower "
+              f"reads their beginning only")
+    return tokenizer(texts, context_length=context)
+
+
+# --- CLIP towers ----------------------------------------------------------------------------
+
+
+def find_weights(args):
+    """Return (weights file or None, open_clip's config of the tag or {}).
+
+    Raises UserError that names the model, the tag and the ways out where there is none to be had.
+    """
+    schema, identifier = open_clip.factory.parse_model_name(args.clip_model)
+    if args.pretrained == "none":
+        return None, {}
+    if Path(args.pretrained).is_file():
+        return args.pretrained, {}
+    if schema == "local-dir":
+        found = Path(identifier).is_dir() and open_clip.factory._find_checkpoint_in_dir(
+            Path(identifier))
+        if not found:
+            raise UserError(f"--clip_model {args.clip_model} must be a folder with "
+                            f"open_clip_config.json and weights, but no weights are in "
+                            f"{identifier}: correct the path, or give --pretrained none.")
+        return found, {}
+    config = {}
+    if schema is None:
+        config = open_clip.get_pretrained_cfg(args.clip_model, args.pretrained)
+        if not config:
+            tags = open_clip.list_pretrained_tags_by_model(args.clip_model)
+            raise UserError(f"--pretrained must be none, a file, or a tag of {args.clip_model} "
+                            f"({', '.join(tags) or 'which has no tags'}), but {args.pretrained} "
+                            f"is not.")
+    try:
+        if schema == "hf-hub":
+            return open_clip.factory.download_pretrained_from_hf(identifier), {}
+        return open_clip.download_pretrained(config), config
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise UserError(
+            f"The weights '{args.pretrained}' of {args.clip_model} are not on this machine and "
+            f"could not be downloaded ({reason}): connect to the network once, or give a local "
+            f"file with --pretrained FILE (and --quick_gelu for an OpenAI release), a folder with "
+            f"--clip_model local-dir:PATH, or see it work with --demo.") from error
+
+
+class SkipRandomInit(torch.overrides.TorchFunctionMode):
+    """Leave parameters uninitialised: pretrained weights overwrite them anyway.
+
+    Random initialisation of a ViT-L-14 takes seconds. Only random fills are skipped; constants
+    (norm weights, running statistics, masks) are computed as always.
+    """
+
+    FILLS = {torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_,
+             torch.Tensor.trunc_normal_ if hasattr(torch.Tensor, "trunc_normal_") else None}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.FILLS:
+            return args[0]
+        if function is torch.randn:
+            function = torch.empty
+        return function(*args, **(kwargs or {}))
+
+
+def tower_configs(config, weights):
+    """Return (vision_cfg, text_cfg) that build fast blocks and load no weights of their own.
+
+    open_clip's `custom` block has the state-dict keys of its default one, but runs attention as
+    plain matrix products, which stay fast where the weights are frozen.
+    """
+    vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    elif not isinstance(vision.get("layers"), (list, tuple)):
+        vision.setdefault("block_type", "custom")
+    if text.get("hf_model_name"):
+        text["hf_model_pretrained"] = weights is None and text.get("hf_model_pretrained", True)
+    else:
+        text.setdefault("block_type", "custom")
+    return vision, text
+
+
+def looks_like_openai(path):
+    """Return whether a weights file is named like one of OpenAI's releases."""
+    name = Path(path).name.lower()
+    return "openai" in name or (name.endswith(".pt") and name.startswith(
+        ("vit-b-32", "vit-b-16", "vit-l-14", "rn50", "rn101")))
+
+
+@contextlib.contextmanager
+def quiet_library():
+    """Silence open_clip's own log lines and warnings: ours say what matters."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def load_weights(model, path):
+    """Load a weights file into an open_clip model: tensors only, memory-mapped where it can be."""
+    # Files in torch's older formats cannot be mapped.
+    mapped = torch.serialization._is_zipfile(open(path, "rb"))
+    try:
+        with quiet_library(), serialization_config.patch("load.mmap", mapped):
+            open_clip.load_checkpoint(model, path)
+    except Exception as error:  # a damaged file fails in pickle, zip, safetensors or by its keys
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"{path} does not hold the weights of this model ({reason}): give the "
+                        f"open_clip state dict of --clip_model, as safetensors or a torch file "
+                        f"that loads with weights_only=True.") from error
+
+
+def file_hash(path):
+    """Return the SHA-256 of a file in hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def load_clip(args, seed):
+    """Build the CLIP, load its weights and return (model, tokenizer, identity).
+
+    identity: what features and checkpoints depend on: model, weights hash, quick_gelu, preprocess.
+    seed: of the random weights of --pretrained none. QuickGELU is what the tag was trained with
+    (open_clip itself only warns), what --quick_gelu says, or what the model's own config says.
+    """
+    try:
+        config = open_clip.get_model_config(args.clip_model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--clip_model {args.clip_model} has no readable open_clip_config.json "
+                        f"({error}): correct the path or name.") from error
+    if config is None:
+        near = difflib.get_close_matches(args.clip_model, open_clip.list_models(), 3)
+        raise UserError(f"--clip_model must be known to open_clip, but {args.clip_model} is not: "
+                        f"try {', '.join(near) or 'local-dir:PATH'}.")
+    weights, tag = find_weights(args)
+    quick_gelu = bool(args.quick_gelu or tag.get("quick_gelu") or config.get("quick_gelu"))
+    if weights == args.pretrained and looks_like_openai(weights) and not quick_gelu:
+        print(f"WARNING: {weights} is named like an OpenAI release, which needs QuickGELU: add "
+              f"--quick_gelu unless you know better")
+    if weights is None:
+        print(f"WARNING: {args.clip_model} starts from RANDOM weights (--pretrained none)")
+    vision, text = tower_configs(config, weights)
+    overlay = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode")
+               if tag.get(key)}
+    overlay.update({"resize_mode": args.resize_mode} if args.resize_mode else {})
+    torch.manual_seed(seed)
+    with quiet_library(), SkipRandomInit() if weights else contextlib.nullcontext():
+        model = open_clip.create_model(args.clip_model, load_weights=False,
+                                       force_quick_gelu=quick_gelu, vision_cfg=vision,
+                                       text_cfg=text, force_preprocess_cfg=overlay)
+        tokenizer = open_clip.get_tokenizer(args.clip_model)
+    if weights:
+        load_weights(model, weights)
+    fingerprint = file_hash(weights) if weights else f"random-{seed}-{torch.__version__}"
+    return model, tokenizer, {"model": args.clip_model, "pretrained": args.pretrained,
+                              "weights": fingerprint, "quick_gelu": quick_gelu,
+                              "preprocess": model.visual.preprocess_cfg}
+
+
+def pooled_block(block, x, position, mask=None):
+    """Run a block for the one token that leaves the tower: exact, at a fraction of the work.
+
+    Only keys and values need all tokens; query, projection and MLP are computed for one.
+    x: (B, T, W) tokens; position: (B,) the token to keep; mask: (B, 1, 1, T) bool keys to see.
+    Returns (B, 1, W).
+    """
+    attn, width, rows = block.attn, x.shape[-1], torch.arange(len(x), device=x.device)
+    y = block.ln_1(x)
+    weight_q, weight_kv = attn.in_proj_weight.split([width, 2 * width])
+    bias_q, bias_kv = ((None, None) if attn.in_proj_bias is None
+                       else attn.in_proj_bias.split([width, 2 * width]))
+    query = F.linear(y[rows, position].unsqueeze(1), weight_q, bias_q)
+    key, value = F.linear(y, weight_kv, bias_kv).chunk(2, dim=-1)
+    query, key, value = (z.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+                         for z in (query, key, value))
+    out = F.scaled_dot_product_attention(attn.ln_q(query), attn.ln_k(key), value, attn_mask=mask)
+    out = attn.out_proj(attn.ln_inner(out.transpose(1, 2).flatten(2)))
+    x = x[rows, position].unsqueeze(1) + block.ls_1(block.ln_attn(out))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def can_pool_block(block):
+    """Return whether pooled_block computes what this block does."""
+    return (isinstance(block, open_clip.transformer.CustomResidualAttentionBlock)
+            and block.attn.logit_scale is None and block.attn.head_scale is None)
+
+
+class Tower:
+    """One CLIP encoder, split at its freeze boundary into a frozen prefix and a trainable suffix.
+
+    module: the encoder; blocks: its transformer blocks or stages, None where they are not found.
+    embeddings: modules and parameters before the blocks.
+    frozen: None (everything trains), the number of frozen blocks, or "all".
+    prefix(x) gives what is cached: tokens at the boundary, (B, 1, W) where only one token goes on,
+    or (B, D) unit-norm embeddings where all is frozen; suffix(x) gives (B, D) unit-norm embeddings.
+    """
+
+    splits = True
+    trims = False
+    channels_last = False
+
+    def __init__(self, module, blocks, embeddings):
+        self.module, self.blocks, self.embeddings = module, blocks, embeddings
+        self.frozen, self.checkpointing = None, False
+        self.finish = self._finish
+
+    @property
+    def depth(self):
+        """Number of blocks, None where they are not found."""
+        return None if self.blocks is None else len(self.blocks)
+
+    def parameters(self):
+        """Return all parameters of the encoder."""
+        return list(self.module.parameters())
+
+    def freeze(self, frozen):
+        """Freeze nothing (None), the embeddings and the first blocks (a number), or "all"."""
+        self.frozen = frozen if frozen in (None, "all") else min(frozen, self.depth)
+        for part in self.frozen_parts():
+            part.requires_grad_(False)
+
+    def frozen_parts(self):
+        """Return the frozen modules and parameters."""
+        if self.frozen is None:
+            return []
+        if self.frozen == "all":
+            return [self.module]
+        return [*self.embeddings, *self.blocks[:self.frozen]]
+
+    def run(self, x, start, stop, end):
+        """Run blocks start..stop over x; end: (B,) position of a text's end token."""
+        for block in self.blocks[start:stop]:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+    def prefix(self, x, end=None):
+        """Run the frozen part without a graph."""
+        if self.frozen is None:
+            return x
+        with torch.no_grad():
+            if self.frozen == "all":
+                x = self.embed(x)
+                return F.normalize(self.finish(x, 0, end).float(), dim=-1)
+            return self.run(self.embed(x), 0, self.frozen, end)
+
+    def suffix(self, x, end=None):
+        """Run what trains; returns (B, D) unit-norm float32 embeddings."""
+        if self.frozen == "all":
+            return x.float()
+        x = self.embed(x) if self.frozen is None else x
+        return F.normalize(self.finish(x, self.frozen or 0, end).float(), dim=-1)
+
+    def _finish(self, x, start, end):
+        return self.pool(self.run(x, start, self.depth, end), end)
+
+
+class ViTTower(Tower):
+    """open_clip's own vision transformer."""
+
+    def __init__(self, visual):
+        super().__init__(visual, visual.transformer.resblocks,
+                         [visual.conv1, visual.class_embedding, visual.positional_embedding,
+                          visual.patch_dropout, visual.ln_pre])
+        self.one_token = (visual.attn_pool is None and visual.pool_type == "tok"
+                          and can_pool_block(self.blocks[-1]))
+
+    def embed(self, x):
+        return self.module._embeds(x)
+
+    def run(self, x, start, stop, end):
+        if not (self.one_token and stop == self.depth and start < stop):
+            return super().run(x, start, stop, end)
+        x = super().run(x, start, stop - 1, end)
+        return pooled_block(self.blocks[-1], x, torch.zeros(len(x), dtype=torch.long,
+                                                            device=x.device))
+
+    def pool(self, x, end):
+        pooled = self.module._pool(x)[0]
+        return pooled if self.module.proj is None else pooled @ self.module.proj
+
+
+class TimmViTTower(Tower):
+    """timm's vision transformer inside open_clip's adapter."""
+
+    def __init__(self, visual):
+        trunk = visual.trunk
+        first = [p for name, p in trunk.named_parameters(recurse=False)]
+        super().__init__(visual, trunk.blocks, [*first, trunk.patch_embed, trunk.pos_drop,
+                                                trunk.patch_drop, trunk.norm_pre])
+        self.one_token = trunk.global_pool == "token" and trunk.attn_pool is None
+
+    def embed(self, x):
+        trunk = self.module.trunk
+        return trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(x))))
+
+    def run(self, x, start, stop, end):
+        x = super().run(x, start, stop, end)
+        return x[:, :1] if self.one_token and stop == self.depth else x
+
+    def pool(self, x, end):
+        trunk = self.module.trunk
+        return self.module.head(trunk.forward_head(trunk.norm(x)))
+
+
+class StagesTower(Tower):
+    """A timm convolutional trunk whose forward is its children in order (checked when built)."""
+
+    channels_last = True
+
+    def __init__(self, visual):
+        before, blocks, self.after = stages(visual.trunk)
+        super().__init__(visual, blocks, before)
+        visual.to(memory_format=torch.channels_last)
+
+    def embed(self, x):
+        for module in self.embeddings:
+            x = module(x)
+        return x
+
+    def pool(self, x, end):
+        for module in self.after:
+            x = module(x)
+        return self.module.head(x)
+
+    def run(self, x, start, stop, end):
+        return super().run(x.contiguous(memory_format=torch.channels_last), start, stop, end)
+
+
+def stages(trunk):
+    """Return (modules before, stages, modules after) of a timm convolutional trunk, or None."""
+    children = dict(trunk.named_children())
+    names = next((names for names in (["blocks"], ["stages"], [f"layer{i}" for i in range(1, 5)])
+                  if set(names) <= set(children)), None)
+    if names is None:
+        return None
+    order = list(children)
+    first, last = order.index(names[0]), order.index(names[-1])
+    inner = children[names[0]] if len(names) == 1 else [children[name] for name in names]
+    return ([children[n] for n in order[:first]], list(inner),
+            [children[n] for n in order[last + 1:]])
+
+
+class TextTower(Tower):
+    """open_clip's text transformer, in a CLIP (whose own attributes it is) or on its own.
+
+    A causal tower that pools at the end token reads nothing behind it, so texts are cut there.
+    x of prefix and of an all-trainable suffix: (B, T) token ids; end: (B,) end token positions.
+    """
+
+    def __init__(self, module, pool_type, eos_id):
+        super().__init__(module, module.transformer.resblocks,
+                         [module.token_embedding, module.positional_embedding])
+        self.pool_type, self.eos_id = pool_type, eos_id
+        self.trims = module.attn_mask is not None and pool_type in ("argmax", "eos")
+
+    def parameters(self):
+        parts = [self.module.token_embedding, self.module.transformer, self.module.ln_final]
+        own = [self.module.positional_embedding]
+        projection = self.module.text_projection
+        if isinstance(projection, nn.Module):
+            parts.append(projection)
+        elif projection is not None:
+            own.append(projection)
+        return own + [p for part in parts for p in part.parameters()]
+
+    def frozen_parts(self):
+        if self.frozen != "all":
+            return super().frozen_parts()
+        return [self.module.transformer, self.module.ln_final, *self.parameters()]
+
+    def end(self, ids):
+        """Return (B,) the position that is pooled; ids: (B, T)."""
+        if self.pool_type == "argmax":
+            return ids.argmax(dim=-1)
+        if self.pool_type == "eos":
+            return (ids == self.eos_id).int().argmax(dim=-1)
+        return torch.full((len(ids),), ids.shape[1] - 1 if self.pool_type == "last" else 0)
+
+    def embed(self, ids):
+        x = self.module.token_embedding(ids)
+        return x + self.module.positional_embedding[:ids.shape[1]]
+
+    def run(self, x, start, stop, end):
+        length, mask = x.shape[1], self.module.attn_mask
+        mask = None if mask is None else mask[:length, :length]
+        one_token = stop == self.depth and can_pool_block(self.blocks[-1])
+        for block in self.blocks[start:stop - 1 if one_token else stop]:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, attn_mask=mask)
+        if one_token and start < stop:
+            seen = None
+            if mask is not None:
+                seen = (torch.arange(length, device=x.device) <= end[:, None])[:, None, None]
+            x = pooled_block(self.blocks[-1], x, end, seen)
+        return x
+
+    def pool(self, x, end):
+        rows = torch.arange(len(x), device=x.device)
+        x = self.module.ln_final(x)
+        x = x[:, 0] if x.shape[1] == 1 else x[rows, end]
+        projection = self.module.text_projection
+        if isinstance(projection, nn.Module):
+            return projection(x)
+        return x if projection is None else x @ projection
+
+
+class WholeTower(Tower):
+    """An encoder that is run as it is: it can be frozen, not split (no boundary to cache)."""
+
+    splits = False
+
+    def __init__(self, module, encode, blocks=None, embeddings=()):
+        super().__init__(module, blocks, list(embeddings))
+        self.encode = encode
+
+    def prefix(self, x, end=None):
+        return super().prefix(x) if self.frozen == "all" else x
+
+    def suffix(self, x, end=None):
+        return x.float() if self.frozen == "all" else F.normalize(self.encode(x).float(), dim=-1)
+
+    def embed(self, x):
+        return x
+
+    def _finish(self, x, start, end):
+        return self.encode(x)
+
+
+def runs_in_order(visual):
+    """Return whether a timm trunk's forward equals running its children in order."""
+    parts = stages(visual.trunk)
+    if parts is None:
+        return False
+    before, blocks, after = parts
+    training = visual.training
+    visual.eval()
+    x = torch.rand(1, 3, *visual.image_size)
+    try:
+        with torch.no_grad():
+            expected, y = visual(x), x
+            for module in [*before, *blocks, *after, visual.head]:
+                y = module(y)
+        return y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5, rtol=1e-4)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        visual.train(training)
+
+
+def image_tower(clip):
+    """Return the Tower of an open_clip model's image encoder."""
+    visual = clip.visual
+    if isinstance(visual, open_clip.transformer.VisionTransformer):
+        return ViTTower(visual)
+    trunk = getattr(visual, "trunk", None)
+    if type(trunk).__name__ == "VisionTransformer":
+        return TimmViTTower(visual)
+    if trunk is not None and runs_in_order(visual):
+        return StagesTower(visual)
+    return WholeTower(visual, clip.encode_image)
+
+
+def text_tower(clip):
+    """Return the Tower of an open_clip model's text encoder."""
+    if isinstance(clip, open_clip.CLIP):
+        return TextTower(clip, clip.text_pool_type, getattr(clip, "text_eos_id", None))
+    text = clip.text
+    native = isinstance(text, open_clip.transformer.TextTransformer)
+    if native and text.cls_emb is None and not text.use_pad_mask and text.pool_type != "none":
+        return TextTower(text, text.pool_type, text.eos_id)
+    encoder = getattr(getattr(text, "transformer", None), "encoder", None)
+    if isinstance(getattr(encoder, "layer", None), nn.ModuleList):  # BERT and its relatives
+        return WholeTower(text, clip.encode_text, encoder.layer, [text.transformer.embeddings])
+    return WholeTower(text, clip.encode_text)
+
+
+def freeze_towers(clip, towers, args):
+    """Freeze what --freeze_clip or --partial_freeze names; logit_scale never trains."""
+    for name in ("logit_scale", "logit_bias"):
+        if getattr(clip, name, None) is not None:
+            getattr(clip, name).requires_grad_(False)
+    if args.freeze_clip:
+        for parameter in clip.parameters():
+            parameter.requires_grad_(False)
+    for name, tower in towers.items():
+        if args.partial_freeze and tower.depth is None:
+            raise UserError(f"--partial_freeze needs a tower whose blocks are known, but the "
+                            f"{name} tower of {args.clip_model} "
+                            f"({type(tower.module).__name__}) is not one: use --freeze_clip, or "
+                            f"no freezing.")
+        if args.partial_freeze and name == "image" and args.freeze_layers > tower.depth:
+            raise UserError(f"--freeze_layers must be at most {tower.depth}, the depth of the "
+                            f"image tower of {args.clip_model}, but is {args.freeze_layers}: try "
+                            f"--freeze_layers {max(1, tower.depth * 3 // 4)}.")
+        tower.freeze("all" if args.freeze_clip else
+                     args.freeze_layers if args.partial_freeze else None)
+
+
+def describe_tower(name, tower):
+    """Return one line: how many blocks are frozen and how many parameters train."""
+    parameters = tower.parameters()
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    depth = "all as one" if tower.depth is None else tower.depth
+    frozen = {None: 0, "all": depth}.get(tower.frozen, tower.frozen)
+    return (f"{name} tower: {frozen} of {depth} blocks frozen, {trained / 1e6:.2f} M of "
+            f"{total / 1e6:.2f} M parameters train")
+
+
+# --- heads ----------------------------------------------------------------------------------
+
+HIDDEN = 256  # width of the heads' hidden layer; wider heads did not score better
+
+
+def mlp(inputs, dropout):
+    """Return a one-hidden-layer perceptron to one output whose last layer starts at zero."""
+    last = nn.Linear(HIDDEN, 1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(inputs, HIDDEN), nn.GELU(), nn.Dropout(dropout), last)
+
+
+def pair_features(f, t, s):
+    """Return [f, t, s] as (B, 2 D + 1), f and t scaled to unit variance per entry."""
+    scale = f.shape[-1] ** 0.5
+    return torch.cat([f * scale, t * scale, s[:, None]], dim=-1)
+
+
+class QualityHead(nn.Module):
+    """Predict quality from the image alone: sigmoid(w . f + b), plus the residual if asked for.
+
+    f: (B, D) unit-norm image embeddings. Returns (score, base, delta), each (B,) on the [0, 1]
+    scale, delta in (-1, 1) before its scale; scores are not clamped.
+    """
+
+    def __init__(self, dim, args):
+        super().__init__()
+        self.input_scale = dim ** 0.5  # unit-norm entries are tiny; this makes them about 1
+        self.base = nn.Linear(dim, 1)
+        self.drop = nn.Dropout(args.dropout)
+        self.scale = 0.0 if args.no_residual_learning else args.residual_scale_q
+        self.delta = mlp(dim, args.dropout) if self.scale else None
+
+    def forward(self, f):
+        x = f * self.input_scale
+        if self.delta is None:
+            base = torch.sigmoid(self.base(self.drop(x))).squeeze(-1)
+            return base, base, torch.zeros_like(base)
+        base = torch.sigmoid(self.base(x)).squeeze(-1)
+        delta = torch.tanh(self.delta(x)).squeeze(-1)
+        return base + self.scale * delta, base, delta
+
+
+class ConsistencyHead(nn.Module):
+    """Predict consistency from both embeddings; its base is CLIP's own cosine.
+
+    base: a * (s + 1) / 2 + b, or with two branches the mean of sigmoid(alpha * s + beta) and an
+    MLP branch. score: base + scale * tanh(MLP([f, t, s])), or without residual learning
+    sigmoid(MLP([f, t, s])), or the two-branch base.
+    f, t: (B, D) unit-norm; s: (B,) their cosine. Returns (score, base, delta) as QualityHead.
+    """
+
+    def __init__(self, dim, args):
+        super().__init__()
+        self.residual = not args.no_residual_learning
+        self.scale = args.residual_scale_c if self.residual else 0.0
+        self.affine = nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.branch = mlp(2 * dim + 1, args.dropout) if args.use_two_branch else None
+        self.delta = (mlp(2 * dim + 1, args.dropout)
+                      if self.residual or not args.use_two_branch else None)
+
+    def cosine_base(self, s):
+        """Return the affine map of the cosine, on the logit scale where there are two branches."""
+        if self.branch is None:
+            return self.affine[0] * (s + 1) / 2 + self.affine[1]
+        return torch.sigmoid(self.affine[0] * s + self.affine[1])
+
+    def forward(self, f, t, s):
+        x = pair_features(f, t, s)
+        base = self.cosine_base(s)
+        if self.branch is not None:
+            base = (base + torch.sigmoid(self.branch(x)).squeeze(-1)) / 2
+        if self.delta is None:
+            return base, base, torch.zeros_like(base)
+        delta = self.delta(x).squeeze(-1)
+        if not self.residual:
+            return torch.sigmoid(delta), base, torch.zeros_like(base)
+        delta = torch.tanh(delta)
+        return base + self.scale * delta, base, delta
+
+
+class Refinement(nn.Module):
+    """Correct a detached coarse consistency by at most `scale`, from a sequence of three tokens.
+
+    A transformer encoder reads image token, text token and coarse-score token.
+    f, t: (B, D) unit-norm; coarse: (B,). Returns (B,) refined scores.
+    """
+
+    def __init__(self, dim, args):
+        super().__init__()
+        width = args.refinement_dim
+        self.input_scale, self.scale = dim ** 0.5, args.residual_scale_c
+        self.image, self.text = nn.Linear(dim, width), nn.Linear(dim, width)
+        self.score = nn.Linear(1, width)
+        layer = nn.TransformerEncoderLayer(width, args.refinement_heads, 2 * width, args.dropout,
+                                           activation="gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, args.refinement_layers,
+                                             enable_nested_tensor=False)
+        self.correction = nn.Linear(width, 1)
+        nn.init.zeros_(self.correction.weight)
+        nn.init.zeros_(self.correction.bias)
+
+    def forward(self, f, t, coarse):
+        coarse = coarse.detach()
+        tokens = torch.stack([self.image(f * self.input_scale), self.text(t * self.input_scale),
+                              self.score(coarse[:, None])], dim=1)
+        last = self.encoder(tokens)[:, -1]
+        return coarse + self.scale * torch.tanh(self.correction(last)).squeeze(-1)
+
+
+class CLIPScorer(nn.Module):
+    """Compose CLIP's towers and the heads.
+
+    towers: {"image", "text"}, frozen already; preprocess: open_clip's preprocess config.
+    """
+
+    def __init__(self, clip, towers, preprocess, args):
+        super().__init__()
+        self.clip, self.towers = clip, towers
+        for name in ("mean", "std"):
+            value = torch.tensor(preprocess[name], dtype=torch.float32).view(1, -1, 1, 1)
+            self.register_buffer(f"pixel_{name}", value, persistent=False)
+        dim = self.embedding_dim(preprocess)
+        self.quality = QualityHead(dim, args)
+        self.consistency = ConsistencyHead(dim, args)
+        self.refinement = Refinement(dim, args) if args.use_refinement else None
+        self.explanation = nn.Linear(2 * dim + 1, dim) if args.use_explanations else None
+
+    @torch.no_grad()
+    def embedding_dim(self, preprocess):
+        """Return D, by running the image tower once on an empty image."""
+        was = self.clip.training
+        self.clip.eval()
+        size = preprocess["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        dim = self.clip.encode_image(torch.zeros(1, 3, height, width)).shape[-1]
+        self.clip.train(was)
+        return dim
+
+    def train(self, mode=True):
+        """Switch to training mode; what is frozen stays in eval mode (BatchNorm, dropout)."""
+        super().train(mode)
+        for tower in self.towers.values():
+            for part in tower.frozen_parts():
+                if isinstance(part, nn.Module):
+                    part.eval()
+        return self
+
+    def pixels(self, images):
+        """Normalise (B, 3, H, W) uint8 images as open_clip does."""
+        x = (images.float() / 255 - self.pixel_mean) / self.pixel_std
+        channels_last = self.towers["image"].channels_last
+        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+    def score(self, f, t):
+        """Run the heads in float32 on (B, D) unit-norm embeddings; returns a dict of (B,) tensors.
+
+        q, c: scores, not clamped; q_base, c_base: what the base says; q_delta, c_delta: in
+        (-1, 1); c_coarse: c before refinement; explanation: (B, D), where asked for.
+        """
+        s = (f * t).sum(dim=-1)
+        q, q_base, q_delta = self.quality(f)
+        c, c_base, c_delta = self.consistency(f, t, s)
+        out = {"q": q, "c": c, "q_base": q_base, "c_base": c_base, "q_delta": q_delta,
+               "c_delta": c_delta}
+        if self.refinement is not None:
+            out["c_coarse"], out["c"] = c, self.refinement(f, t, c)
+        if self.explanation is not None:
+            out["explanation"] = self.explanation(pair_features(f, t, s))
+        return out
+
+    def forward(self, image, text, end, inverse):
+        """Score a batch from what lies at the freeze boundaries.
+
+        image: (B, ..) image tower input or boundary; text, end: the same for the batch's unique
+        prompts; inverse: (B,) index into them.
+        """
+        f = self.towers["image"].suffix(image)
+        t = self.towers["text"].suffix(text, end)[inverse]
+        with torch.autocast(f.device.type, enabled=False):
+            return self.score(f, t)
+
+    def trained_state(self):
+        """Return the state-dict entries that training changes: all but what is frozen."""
+        frozen = {id(p) for p in self.parameters() if not p.requires_grad}
+        for tower in self.towers.values():
+            frozen |= {id(b) for part in tower.frozen_parts() if isinstance(part, nn.Module)
+                       for b in part.buffers()}
+        return {name: value for name, value in self.state_dict(keep_vars=True).items()
+                if id(value) not in frozen}
+
+
+# --- losses and metrics ---------------------------------------------------------------------
+
+
+def losses(out, batch, args):
+    """Return a dict of summed losses and the batch's total, ready to be divided per window.
+
+    Quality and consistency: squared error on the [0, 1] scale, summed over the batch; a refined
+    consistency adds the error of its coarse score. Explanation: 1 - cosine to the teacher's
+    embedding, over the rows that have one. batch["weight"]: 1 / images (of the whole window),
+    batch["weight_exp"]: 1 / rows with an explanation.
+    """
+    sums = {"q": F.mse_loss(out["q"], batch["q"], reduction="sum"),
+            "c": F.mse_loss(out["c"], batch["c"], reduction="sum")}
+    if "c_coarse" in out:
+        sums["c"] = sums["c"] + F.mse_loss(out["c_coarse"], batch["c"], reduction="sum")
+    total = batch["weight"] * (args.w_q * sums["q"] + args.w_c * sums["c"])
+    if "explanation" in out:
+        cosine = F.cosine_similarity(out["explanation"], batch["teacher"], dim=-1)
+        sums["exp"] = ((1 - cosine) * batch["has_teacher"]).sum()
+        total = total + batch["weight_exp"] * args.w_exp * sums["exp"]
+    return sums, total
+
+
+def correlation(function, pred, mos):
+    """Return a correlation over a whole split, NaN where either side is constant or not finite."""
+    pred, mos = np.asarray(pred, dtype=np.float64), np.asarray(mos, dtype=np.float64)
+    if len(pred) < 2 or not np.isfinite(pred).all() or np.ptp(pred) == 0 or np.ptp(mos) == 0:
+        return math.nan
+    return float(function(pred, mos)[0])
+
+
+def srocc(pred, mos):
+    """Return Spearman's rank correlation, ties given their mean rank."""
+    return correlation(scipy.stats.spearmanr, pred, mos)
+
+
+def plcc(pred, mos):
+    """Return Pearson's correlation of the raw scores (no logistic fit)."""
+    return correlation(scipy.stats.pearsonr, pred, mos)
+
+
+def krocc(pred, mos):
+    """Return Kendall's tau-b."""
+    return correlation(scipy.stats.kendalltau, pred, mos)
+
+
+def rmse(pred, mos):
+    """Return the root mean squared error on the [0, 1] scale."""
+    difference = np.asarray(pred, dtype=np.float64) - np.asarray(mos, dtype=np.float64)
+    return float(np.sqrt(np.mean(difference ** 2)))
+
+
+def metrics(pred, mos):
+    """Return {"srocc_q", "srocc_c", ..}; pred, mos: {"q", "c"} of (N,) arrays on [0, 1]."""
+    functions = {"srocc": srocc, "plcc": plcc, "krocc": krocc, "rmse": rmse}
+    return {f"{name}_{target}": functions[name](pred[target], mos[target])
+            for name in METRICS for target in TARGETS}
+
+
+def nan_reason(pred, mos):
+    """Return why a correlation is undefined, or an empty string."""
+    for what, values in (("predictions", pred), ("human scores", mos)):
+        if not np.isfinite(values).all():
+            return f"{what} are not finite"
+        if np.ptp(values) == 0:
+            return f"all {what} are {values[0]:.4g}"
+    return ""
+
+
+def selection_score(values, select_by):
+    """Return the SROCC that picks the best epoch, -inf where it is undefined."""
+    chosen = {"quality": [values["srocc_q"]], "consistency": [values["srocc_c"]],
+              "mean": [values["srocc_q"], values["srocc_c"]]}[select_by]
+    return -math.inf if any(map(math.isnan, chosen)) else sum(chosen) / len(chosen)
+
+
+def tier(target, value, gap):
+    """Return the card's tier of a target from its validation SROCC and Train-Val Gap."""
+    return next((name for name, low, high in TIERS[target] if value > low and gap < high),
+                "needs work")
+
+
+def bootstrap_interval(pred, mos, groups, draws=1000):
+    """Return the 95 % interval [low, high] of SROCC by bootstrap over prompts.
+
+    Images of one prompt are not independent, so prompts are drawn, not images (cluster
+    bootstrap: Davison and Hinkley, 1997). pred, mos, groups: (N,).
+    """
+    rng = np.random.default_rng(0)
+    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    values = []
+    for _ in range(draws):
+        rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+        values.append(correlation(pearson_of_ranks, pred[rows], mos[rows]))
+    values = np.array(values)[np.isfinite(values)]
+    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [math.nan, math.nan]
+
+
+def pearson_of_ranks(pred, mos):
+    """Return (Spearman's correlation,) without the p-value that spearmanr computes."""
+    ranks = scipy.stats.rankdata(np.stack([pred, mos]), axis=1)
+    return (np.corrcoef(ranks)[0, 1],)
+
+
+# --- floors and calibration -----------------------------------------------------------------
+
+RIDGE_STRENGTHS = tuple(10.0 ** k for k in range(-3, 5))
+
+
+def ridge(x, y, strength):
+    """Return (weights (K,), intercept) of ridge regression, x: (n, K), y: (n,) float64."""
+    mean_x, mean_y = x.mean(0), y.mean()
+    x = x - mean_x
+    gram = x.T @ x + strength * torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.cholesky_solve((x.T @ (y - mean_y))[:, None],
+                                   torch.linalg.cholesky(gram)).squeeze(1)
+    return weights, mean_y - mean_x @ weights
+
+
+def fit_ridge(x, y, groups, folds=5):
+    """Fit a ridge whose strength is chosen by cross-validation over groups; see ridge."""
+    fold = np.random.default_rng(0).permutation(groups.max() + 1)[groups] % folds
+    folds = [torch.from_numpy(fold == i) for i in range(folds) if 0 < (fold == i).sum() < len(y)]
+
+    def error(strength):
+        total = 0.0
+        for held_out in folds:
+            weights, intercept = ridge(x[~held_out], y[~held_out], strength)
+            total += ((x[held_out] @ weights + intercept - y[held_out]) ** 2).sum().item()
+        return total
+
+    return ridge(x, y, min(RIDGE_STRENGTHS, key=error))
+
+
+def logit(p):
+    """Return the logit of scaled MOS, kept 0.01 away from 0 and 1."""
+    return torch.logit(p.clamp(0.01, 0.99))
+
+
+@dataclass
+class Floors:
+    """What is reached without training, and the base that starts there.
+
+    pred: {"zero_shot", "linear_probe"[, "prompt_mean"]} of {"q", "c"} (N,) predictions for all rows
+    quality_base: (weights (D,), intercept) of the quality probe on the logit of the scaled MOS
+    affine: [a, b'] of the least-squares map of (s + 1) / 2 to the consistency MOS
+    """
+
+    pred: dict
+    quality_base: tuple
+    affine: list
+
+
+def fit_floors(f, t, antonyms, table, train, args):
+    """Fit all floors on the training rows.
+
+    f, t: (N, D) unit-norm embeddings of each row's image and prompt, by the pretrained towers;
+    antonyms: (2, D) text embeddings of "Good photo." and "Bad photo.", for the zero-shot quality
+    (CLIP-IQA, Wang et al., AAAI 2023). The linear probe is a ridge on f for quality, on
+    [f, t, f * t, s] for consistency.
+    """
+    f, t, antonyms = f.double(), t.double(), antonyms.double()
+    s = (f * t).sum(-1)
+    q, c = (torch.from_numpy(mos).double() for mos in (table.quality, table.consistency))
+    groups = np.unique(table.prompt_id[train], return_inverse=True)[1]
+    weights, intercept = fit_ridge(f[train], logit(q[train]), groups)
+    pairs = torch.cat([f, t, f * t, s[:, None]], dim=1)
+    weights_c, intercept_c = fit_ridge(pairs[train], c[train], groups)
+    pred = {"zero_shot": {"q": torch.softmax(100 * f @ antonyms.T, dim=-1)[:, 0], "c": s},
+            "linear_probe": {"q": torch.sigmoid(f @ weights + intercept),
+                             "c": pairs @ weights_c + intercept_c}}
+    if args.split_by == "image":
+        pred["prompt_mean"] = {"q": prompt_mean(table, q, train),
+                               "c": prompt_mean(table, c, train)}
+    slope, offset = ridge((s[train, None] + 1) / 2, c[train], 1e-9)
+    return Floors({name: {k: v.numpy() for k, v in p.items()} for name, p in pred.items()},
+                  (weights, intercept), [slope.item(), offset.item()])
+
+
+def prompt_mean(table, mos, train):
+    """Predict each row's MOS by the training mean of its prompt: it sees no pixels."""
+    values = pd.Series(mos[train].numpy()).groupby(table.prompt_id[train]).mean()
+    predicted = pd.Series(table.prompt_id).map(values).fillna(float(mos[train].mean()))
+    return torch.from_numpy(predicted.to_numpy())
+
+
+@torch.no_grad()
+def calibrate(scorer, floors, cosines, mos):
+    """Start the base where CLIP already is (linear probing first: Kumar et al., ICLR 2022).
+
+    Quality: the linear probe. Consistency: least squares on the cosine; of two branches, on the
+    logit of the MOS. cosines, mos: training rows.
+    """
+    weights, intercept = floors.quality_base
+    base = scorer.quality.base
+    base.weight.copy_((weights / scorer.quality.input_scale)[None])
+    base.bias.fill_(intercept.item())
+    affine = floors.affine
+    if scorer.consistency.branch is not None:
+        slope, offset = ridge(cosines[:, None].double(), logit(mos.double()), 1e-9)
+        affine = [slope.item(), offset.item()]
+    scorer.consistency.affine.copy_(torch.tensor(affine))
+
+
+# --- feature cache --------------------------------------------------------------------------
+
+
+def content_key(**content):
+    """Return a hash of everything that cached content depends on."""
+    text = json.dumps({"version": FORMAT_VERSION, **content}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def file_stamps(paths):
+    """Return [name, size, mtime] of each file: a changed image is never taken from the cache."""
+    stats = [os.stat(path) for path in paths]
+    return [[str(path), s.st_size, s.st_mtime_ns] for path, s in zip(paths, stats)]
+
+
+def make_room(folder, size, limit):
+    """Delete the least recently used cache files until `size` bytes fit; return whether they do."""
+    if size > limit or size > shutil.disk_usage(folder).free:
+        return False
+    files = sorted(Path(folder).glob("*.npy"), key=lambda file: file.stat().st_mtime)
+    used = sum(file.stat().st_size for file in files)
+    for file in files:
+        if used + size <= limit:
+            break
+        used -= file.stat().st_size
+        file.unlink(missing_ok=True)
+        print(f"cache: removed {file.name}, the least recently used, to stay within "
+              f"--cache_max_gb")
+    return True
+
+
+def cached_array(args, kind, key, count, chunks):
+    """Return a memory-mapped (count, ..) array from the cache, computing and writing it if new.
+
+    chunks: function that yields torch tensors whose rows, in order, are the content. Written to a
+    temporary name and renamed when complete. Returns None where it does not fit the limit or the
+    disk, after saying so; raises UserError where a value is not finite.
+    """
+    path = Path(args.cache_dir, f"{kind}-{key}.npy")
+    if path.exists():
+        os.utime(path)
+        return np.load(path, mmap_mode="r")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as handle:
+            for number, chunk in enumerate(chunks()):
+                if chunk.is_floating_point() and not torch.isfinite(chunk).all():
+                    raise UserError(f"The {kind} features are not finite in {chunk.dtype}: use "
+                                    f"--precision bf16 or fp32.")
+                rows = (chunk.view(torch.int16) if chunk.dtype == torch.bfloat16
+                        else chunk).numpy()
+                if number == 0 and not write_header(handle, args, rows, count, kind):
+                    return None
+                handle.write(rows.tobytes())
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        print(f"cache: going on without the {kind} cache, it cannot be written ({error})")
+        return None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r")
+
+
+def write_header(handle, args, rows, count, kind):
+    """Write the .npy header if the array will fit; say so and return False if not."""
+    shape = (count, *rows.shape[1:])
+    size = rows.dtype.itemsize * math.prod(shape)
+    if not make_room(args.cache_dir, size, args.cache_max_gb * 1e9):
+        print(f"cache: going on without the {kind} cache, its {size / 1e9:.2f} GB exceed "
+              f"--cache_max_gb {args.cache_max_gb:g} or the free disk space")
+        return False
+    header = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False,
+              "shape": shape}
+    np.lib.format.write_array_header_1_0(handle, header)
+    return True
+
+
+def prefetch(function, items, depth=2):
+    """Yield function(item) in order, computed up to `depth` ahead in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = []
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > depth:
+                yield pending.pop(0).result()
+        for future in pending:
+            yield future.result()
+
+
+class CachedRows:
+    """Rows of a memory-mapped cache, or of a tensor that is resident on the device if small."""
+
+    RESIDENT = 2 ** 28  # bytes: embeddings of 80,000 images with D 768 and fp32 stay resident
+
+    def __init__(self, array, dtype, device):
+        self.array, self.dtype = array, dtype
+        self.resident = None
+        if array.nbytes <= self.RESIDENT:
+            self.resident = self.tensor(np.array(array)).to(device)
+
+    def tensor(self, rows):
+        """Return a numpy array of cached rows as a tensor of the cached dtype."""
+        tensor = torch.from_numpy(rows)
+        return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
+
+    def fetch(self, *index):
+        """Return the rows at an index of numpy arrays, on the CPU or the device."""
+        if self.resident is None:
+            return self.tensor(self.array[index])
+        return self.resident[tuple(torch.from_numpy(np.asarray(i)).to(self.resident.device)
+                                   for i in index)]
+
+
+class LiveImages:
+    """Decode images in worker processes that stay alive between epochs."""
+
+    def __init__(self, dataset, args, device):
+        self.batches = []
+        self.loader = torch.utils.data.DataLoader(
+            dataset, batch_size=None, sampler=self, num_workers=args.num_workers,
+            persistent_workers=args.num_workers > 0,
+            prefetch_factor=2 if args.num_workers else None,
+            pin_memory=args.pin_memory and device.type == "cuda")
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def stream(self, batches):
+        """Yield one (B, 3, H, W) uint8 tensor per array of row numbers; raise on a bad file."""
+        self.batches = list(batches)
+        for images in self.loader:
+            if isinstance(images, UserError):
+                raise images
+            yield images
+
+
+def flipped(images, flip):
+    """Mirror the images where flip, (B,) bool, says so."""
+    return torch.where(flip.to(images.device).view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def cropped(images, boxes):
+    """Crop (B, 3, H, W) uint8 images to boxes (B, 4), top, left, height, width in 0..1, and resize."""
+    height, width = images.shape[-2:]
+    out = []
+    for image, (top, left, h, w) in zip(images, boxes):
+        y, x = round(top * height), round(left * width)
+        part = image[None, :, y:y + max(1, round(h * height)), x:x + max(1, round(w * width))]
+        out.append(F.interpolate(part.float(), (height, width), mode="bicubic", antialias=True))
+    return torch.cat(out).clamp(0, 255)
+
+
+@dataclass
+class View:
+    """Which view of which rows a batch shows. rows: (B,); flip: (B,) bool; boxes: (B, 4) or None."""
+
+    rows: np.ndarray
+    flip: np.ndarray
+    boxes: np.ndarray | None = None
+
+
+def plain_views(rows, batch_size):
+    """Return the original views of rows in batches."""
+    return [View(rows[i:i + batch_size], np.zeros(len(rows[i:i + batch_size]), dtype=bool))
+            for i in range(0, len(rows), batch_size)]
+
+
+def epoch_views(rows, args, seed, epoch):
+    """Return an epoch's batches: order and views depend on seed and epoch alone.
+
+    Crops keep 90 to 100 % of the area at the original aspect ratio.
+    """
+    rng = np.random.default_rng([seed, 1, epoch])
+    order = rng.permutation(rows)
+    flip = rng.random(len(rows)) < 0.5
+    boxes = None
+    if args.augment == "crop":
+        side = np.sqrt(rng.uniform(0.9, 1.0, len(rows)))
+        corner = rng.random((len(rows), 2)) * (1 - side[:, None])
+        boxes = np.column_stack([corner, side, side])
+    flip &= args.augment != "none"
+    cuts = range(0, len(rows), args.batch_size)
+    return [View(order[i:i + args.batch_size], flip[i:i + args.batch_size],
+                 None if boxes is None else boxes[i:i + args.batch_size]) for i in cuts]
+
+
+class ImageInputs:
+    """Bring image batches to the image tower: from features, cached pixels, or decoded live.
+
+    stream(views) yields tensors on the device that lie at the tower's freeze boundary.
+    """
+
+    def __init__(self, scorer, table, identity, args, device):
+        self.scorer, self.args, self.device = scorer, args, device
+        self.tower = scorer.towers["image"]
+        self.dataset = ImageBatches(table.paths, table.frame["row"].to_numpy(),
+                                    identity["preprocess"])
+        self.live = LiveImages(self.dataset, args, device)
+        self.count = len(table.paths)
+        self.features = self.cached_pixels = None
+        if args.cache == "off":
+            return
+        key = {"identity": identity, "files": file_stamps(table.paths)}
+        frozen = self.tower.frozen
+        cacheable = frozen == "all" or (frozen is not None and self.tower.splits)
+        if cacheable and args.augment != "crop":
+            self.features = self.cache_features(key)
+        elif frozen is not None and not self.tower.splits:
+            print(f"cache: no feature cache for {type(self.tower.module).__name__} towers; "
+                  f"decoded images are kept instead")
+        if self.features is None:
+            self.cached_pixels = self.cache_pixels(key)
+
+    def cache_features(self, key):
+        """Return CachedRows (N, views, ..) of the tower's boundary, or None if it does not fit."""
+        views = 2 if self.args.augment == "flip" else 1
+        key = content_key(kind="image", boundary=self.tower.frozen, views=views,
+                          precision=self.args.precision, **key)
+
+        def chunks():
+            for images in self.all_images("image features"):
+                yield torch.stack([self.boundary(view).cpu() for view in
+                                   (images, images.flip(-1))[:views]], dim=1)
+
+        array = cached_array(self.args, "image", key, self.count, chunks)
+        dtype = torch.float32 if self.tower.frozen == "all" else PRECISIONS[self.args.precision]
+        return None if array is None else CachedRows(array, dtype, self.device)
+
+    def cache_pixels(self, key):
+        """Return CachedRows (N, 3, H, W) of decoded uint8 images, or None if they do not fit."""
+        key = content_key(kind="pixels", preprocess=key["identity"]["preprocess"],
+                          files=key["files"])
+        array = cached_array(self.args, "pixels", key, self.count,
+                             lambda: self.all_images("decoded images", to_device=False))
+        return None if array is None else CachedRows(array, torch.uint8, torch.device("cpu"))
+
+    def all_images(self, what, to_device=True):
+        """Yield the decoded uint8 images of all rows in order, with a progress bar."""
+        batches = [view.rows for view in plain_views(np.arange(self.count), 32)]
+        for images in progress(self.live.stream(batches), what, len(batches)):
+            yield images.to(self.device, non_blocking=True) if to_device else images
+
+    def boundary(self, images):
+        """Run the frozen prefix on uint8 or float images that lie on the device."""
+        with autocast(self.args, self.device):
+            x = self.scorer.pixels(images)
+            x = self.tower.prefix(x)
+        return x
+
+    def stream(self, views):
+        """Yield the tower's input for each View, on the device, at the freeze boundary."""
+        if self.features is not None:
+            fetch = lambda v: self.features.fetch(v.rows, v.flip.astype(np.int64))  # noqa: E731
+            fetched = (map(fetch, views) if self.features.resident is not None
+                       else prefetch(lambda v: self.pinned(fetch(v)), views))
+            for x in fetched:
+                yield x.to(self.device, non_blocking=True)
+            return
+        if self.cached_pixels is not None:
+            raw = prefetch(lambda v: self.pinned(self.cached_pixels.fetch(v.rows)), views)
+        else:
+            raw = self.live.stream([view.rows for view in views])
+        for view, images in zip(views, raw):
+            images = flipped(images.to(self.device, non_blocking=True),
+                             torch.from_numpy(view.flip))
+            if view.boxes is not None:
+                images = cropped(images, view.boxes)
+            yield self.boundary(images)
+
+    def pinned(self, tensor):
+        """Page-lock a batch that goes to a CUDA device."""
+        pin = self.args.pin_memory and self.device.type == "cuda"
+        return tensor.pin_memory() if pin else tensor
+
+
+class TextInputs:
+    """Bring the unique prompts of a batch to the text tower, cut at their longest end token."""
+
+    def __init__(self, scorer, ids, identity, args, device):
+        self.tower, self.device, self.args = scorer.towers["text"], device, args
+        self.ids = ids
+        native = isinstance(self.tower, TextTower)
+        self.end = self.tower.end(ids) if native else torch.zeros(len(ids), dtype=torch.long)
+        self.features = None
+        frozen = self.tower.frozen
+        if args.cache != "off" and (frozen == "all" or (frozen is not None and self.tower.splits)):
+            self.features = self.cache_features(identity)
+
+    def cut(self, rows):
+        """Return the number of tokens that rows, a (U,) tensor, need."""
+        return int(self.end[rows].max()) + 1 if self.tower.trims else self.ids.shape[1]
+
+    def boundary(self, rows):
+        """Run the frozen prefix for some rows; returns (tower input, end positions)."""
+        ids, end = self.ids[rows, :self.cut(rows)].to(self.device), self.end[rows].to(self.device)
+        with autocast(self.args, self.device):
+            return self.tower.prefix(ids, end), end
+
+    def cache_features(self, identity):
+        """Return CachedRows (U, ..) of the tower's boundary, or None if it does not fit."""
+        key = content_key(kind="text", boundary=self.tower.frozen, precision=self.args.precision,
+                          identity=identity, ids=hashlib.sha256(self.ids.numpy()).hexdigest())
+        rows = torch.arange(len(self.ids))
+        self.end_all = int(self.end.max()) + 1 if self.tower.trims else self.ids.shape[1]
+
+        def chunks():
+            for part in progress(rows.split(64), "text features", -(-len(rows) // 64)):
+                x = self.boundary(part)[0].cpu()
+                grow = self.end_all - x.shape[1] if x.ndim == 3 and x.shape[1] > 1 else 0
+                yield F.pad(x, (0, 0, 0, grow)) if grow else x
+
+        array = cached_array(self.args, "text", key, len(rows), chunks)
+        dtype = torch.float32 if self.tower.frozen == "all" else PRECISIONS[self.args.precision]
+        return None if array is None else CachedRows(array, dtype, self.device)
+
+    def fetch(self, prompt_id):
+        """Return (tower input, end, inverse) for a batch; prompt_id: (B,) numpy."""
+        unique, inverse = np.unique(prompt_id, return_inverse=True)
+        rows = torch.from_numpy(unique)
+        if self.features is None:
+            x, end = self.boundary(rows)
+        else:
+            x, end = self.features.fetch(unique).to(self.device), self.end[rows].to(self.device)
+            if x.ndim == 3 and x.shape[1] > 1:
+                x = x[:, :self.cut(rows)]
+        return x, end, torch.from_numpy(inverse).to(self.device)
+
+
+@torch.no_grad()
+def text_embeddings(scorer, tokenizer, texts, what, identity, args, device):
+    """Return (U, D) unit-norm embeddings of texts by the text tower as it is now.
+
+    Cached as the all-frozen text features are, so it must be called before training.
+    """
+    tower = scorer.towers["text"]
+    frozen, tower.frozen = tower.frozen, "all"
+    scorer.eval()
+    try:
+        inputs = TextInputs(scorer, tokenize(tokenizer, texts, what), identity, args, device)
+        rows = np.arange(len(texts))
+        return torch.cat([inputs.fetch(rows[i:i + 256])[0] for i in range(0, len(rows), 256)])
+    finally:
+        tower.frozen = frozen
+
+
+# --- optimisation ---------------------------------------------------------------------------
+
+HEAD_LR = 1e-3  # what heads want next to a CLIP that trains; measured in docs/
+
+
+def head_lr(args):
+    """Return the heads' peak learning rate: --head_lr, or the documented automatic choice."""
+    return args.head_lr or (args.lr if args.freeze_clip else max(args.lr, HEAD_LR))
+
+
+def make_optimizer(scorer, args, device):
+    """Return AdamW over four groups: CLIP and heads, each with and without weight decay.
+
+    Norms, biases and scalars (at most one axis) are not decayed.
+    """
+    clip = {id(p) for p in scorer.clip.parameters()}
+    groups = {}
+    for parameter in scorer.parameters():
+        if parameter.requires_grad:
+            key = (id(parameter) in clip, parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "base_lr": args.lr if of_clip else head_lr(args),
+          "weight_decay": args.weight_decay if decays else 0.0}
+         for (of_clip, decays), parameters in sorted(groups.items(), reverse=True)],
+        lr=args.lr, fused=device.type in ("cpu", "cuda"))
+
+
+def lr_factor(update, updates_per_epoch, args):
+    """Return the learning rate's factor for an optimiser update, counted from 0."""
+    total = updates_per_epoch * args.epochs
+    warmup = round(args.warmup_ratio * total)
+    if update < warmup:
+        return (update + 1) / warmup
+    if args.scheduler == "constant":
+        return 1.0
+    if args.scheduler == "step":
+        return args.step_lr_gamma ** (update // updates_per_epoch // args.step_lr_step_size)
+    done = (update - warmup) / max(1, total - warmup)
+    return 1 - done if args.scheduler == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+# --- train and evaluate ---------------------------------------------------------------------
+
+PREDICTIONS = ("q", "c", "q_base", "c_base", "q_delta", "c_delta")
+FINITE_CHECK = 50  # updates between checks of the loss; each check waits for the device
+
+
+@dataclass
+class Run:
+    """Everything that one training run needs; see set_up.
+
+    targets: {"q", "c"} of (N,) scaled MOS on the device; teacher: (U, D) text embeddings of the
+    explanations, or None; state: epoch, best epoch and score, epochs waited, log rows.
+    """
+
+    args: SimpleNamespace
+    seed: int
+    device: torch.device
+    table: Table
+    parts: dict
+    identity: dict
+    scorer: CLIPScorer
+    images: ImageInputs
+    texts: TextInputs
+    targets: dict
+    teacher: torch.Tensor | None
+    floors: Floors
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    state: dict
+
+
+def forward(run, view, x):
+    """Return the scorer's outputs for a View and its image input."""
+    text, end, inverse = run.texts.fetch(run.table.prompt_id[view.rows])
+    with autocast(run.args, run.device):
+        return run.scorer(x, text, end, inverse)
+
+
+def add_targets(run, view, window):
+    """Return a batch's targets and weights; window: rows of its whole accumulation window."""
+    rows = torch.from_numpy(view.rows).to(run.device)
+    batch = {target: run.targets[target][rows] for target in TARGETS}
+    batch["weight"] = 1 / len(window)
+    if run.teacher is not None:
+        ids = run.table.explanation_id
+        batch["weight_exp"] = 1 / max(1, int((ids[window] >= 0).sum()))
+        own = torch.from_numpy(ids[view.rows]).to(run.device)
+        batch["has_teacher"] = own >= 0
+        batch["teacher"] = run.teacher[own.clamp(min=0)]
+    return batch
+
+
+def check_finite(run, seen):
+    """Stop at the first batch whose loss is not finite, naming its images.
+
+    seen: list of (View, scalar loss tensor) since the last check; emptied.
+    """
+    finite = torch.isfinite(torch.stack([loss for _, loss in seen])).tolist()
+    for (view, _), good in zip(seen, finite):
+        if not good:
+            names = run.table.frame[run.args.name_column].iloc[view.rows[:8]].tolist()
+            raise UserError(f"The loss must be finite, but it is not for a batch with "
+                            f"{', '.join(names)}{', ..' if len(view.rows) > 8 else ''}: lower --lr "
+                            f"or use --precision bf16 or fp32; the last good checkpoint is in "
+                            f"{run.args.output_dir}.")
+    seen.clear()
+
+
+def train_one_epoch(run, epoch):
+    """Train for one epoch; returns {"train_loss", "train_loss_q", .., running "train_srocc_q", ..}.
+
+    Accumulation weights each image by 1 / (images of its window), so that a window gives exactly
+    the gradient of one big batch, also where the last window is shorter.
+    """
+    args, optimizer, device = run.args, run.optimizer, run.device
+    views = epoch_views(run.parts["train"], args, run.seed, epoch)
+    accumulate = args.grad_accum_steps
+    updates = -(-len(views) // accumulate)
+    update = (epoch - 1) * updates
+    sums = {name: torch.zeros((), device=device) for name in ("q", "c", "exp")}
+    outputs, seen = [], []
+    run.scorer.train()
+    optimizer.zero_grad(set_to_none=True)
+    bar = progress(zip(views, run.images.stream(views)), f"epoch {epoch}", len(views))
+    for step, (view, x) in enumerate(bar):
+        # Dropout depends on seed and step alone: a resumed run draws what the first would have.
+        torch.manual_seed((run.seed * 100_003 + epoch) * 1_000_003 + step)
+        first = step - step % accumulate
+        window = np.concatenate([v.rows for v in views[first:first + accumulate]])
+        out = forward(run, view, x)
+        parts, total = losses(out, add_targets(run, view, window), args)
+        run.scaler.scale(total).backward()
+        for name, value in parts.items():
+            sums[name] += value.detach()
+        outputs.append(torch.stack([out["q"], out["c"]]).detach())
+        seen.append((view, total.detach()))
+        if (step + 1) % accumulate == 0 or step + 1 == len(views):
+            apply_update(run, lr_factor(update, updates, args))
+            update += 1
+            if update % FINITE_CHECK == 0 or step + 1 == len(views):
+                check_finite(run, seen)
+    return epoch_summary(run, views, sums, torch.cat(outputs, dim=1))
+
+
+def apply_update(run, factor):
+    """Clip the gradient, step the optimiser at factor times its peak learning rates."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    if run.args.max_grad_norm:
+        run.scaler.unscale_(run.optimizer)
+        trained = [p for group in run.optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(trained, run.args.max_grad_norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def epoch_summary(run, views, sums, outputs):
+    """Return an epoch's mean losses and running metrics; outputs: (2, n) scores in view order."""
+    args, rows = run.args, np.concatenate([view.rows for view in views])
+    count = len(rows)
+    with_teacher = int((run.table.explanation_id[rows] >= 0).sum())
+    loss_q, loss_c = (float(sums[name]) / count for name in TARGETS)
+    loss_exp = float(sums["exp"]) / max(1, with_teacher)
+    total = args.w_q * loss_q + args.w_c * loss_c
+    total += args.w_exp * loss_exp if run.teacher is not None else 0
+    pred = dict(zip(TARGETS, outputs.float().cpu().numpy()))
+    running = metrics(pred, human(run.table, rows))
+    return {"train_loss": total, "train_loss_q": loss_q, "train_loss_c": loss_c,
+            "train_loss_exp": loss_exp, **{f"train_{k}": v for k, v in running.items()}}
+
+
+def human(table, rows):
+    """Return {"q", "c"}: the scaled human scores of some rows."""
+    return {"q": table.quality[rows], "c": table.consistency[rows]}
+
+
+def evaluate(run, rows):
+    """Predict the original views of rows in eval mode.
+
+    Returns {"q", "c", "q_base", "c_base", "q_delta", "c_delta"} of (n,) float32 numpy arrays.
+    """
+    run.scorer.eval()
+    views = plain_views(rows, run.args.batch_size)
+    outputs = []
+    with torch.inference_mode():
+        for view, x in progress(zip(views, run.images.stream(views)), "evaluate", len(views)):
+            out = forward(run, view, x)
+            outputs.append(torch.stack([out[k] for k in PREDICTIONS]).float())
+    return dict(zip(PREDICTIONS, torch.cat(outputs, dim=1).cpu().numpy()))
+
+
+
+def evaluate_part(run, part):
+    """Return (predictions, metrics with "loss") of one part of the split."""
+    rows = run.parts[part]
+    pred, mos = evaluate(run, rows), human(run.table, rows)
+    values = metrics(pred, mos)
+    loss = run.args.w_q * values["rmse_q"] ** 2 + run.args.w_c * values["rmse_c"] ** 2
+    return pred, {**values, "loss": loss}
+
+
+def fit(run):
+    """Train from run.state's epoch to the last one, keeping the best and the last checkpoint."""
+    args, state = run.args, run.state
+    if state["epoch"] == 0:
+        start_state(run)
+    while state["epoch"] < args.epochs and not stopped_early(args, state):
+        began = time.perf_counter()
+        epoch = state["epoch"] + 1
+        row = {"epoch": epoch, **train_one_epoch(run, epoch)}
+        trained = time.perf_counter() - began
+        pred, values = evaluate_part(run, "val")
+        row.update({f"val_{name}": value for name, value in values.items()})
+        better = note_score(args, state, epoch, selection_score(values, args.select_by))
+        state["epoch"] = epoch
+        group = run.optimizer.param_groups[0]
+        row.update(best=state["best_score"], lr=group["lr"])
+        row["seconds"] = time.perf_counter() - began
+        state["log"].append({name: row[name] for name in LOG_COLUMNS})
+        print_epoch(row, len(run.parts["train"]) / trained, better)
+        for target, name in (("q", "SROCC_Q"), ("c", "SROCC_C")):
+            reason = nan_reason(pred[target], human(run.table, run.parts["val"])[target])
+            if reason:
+                print(f"  {name} is undefined: {reason}")
+        if better:
+            save_checkpoint(run, "baseline_best.pt")
+        save_checkpoint(run, "baseline_last.pt")
+        write_log(run)
+    if stopped_early(args, state):
+        print(f"early stopping: no gain of {args.early_stopping_min_delta:g} in "
+              f"{state['waited']} epochs")
+
+
+def start_state(run):
+    """Evaluate epoch 0, which counts as a candidate for the best epoch."""
+    values = evaluate_part(run, "val")[1]
+    run.state["start"] = values
+    score = selection_score(values, run.args.select_by)
+    run.state.update(best_score=score, best_epoch=0)
+    print(f"epoch   0  before training: val SROCC_Q {values['srocc_q']:.4f}  SROCC_C "
+          f"{values['srocc_c']:.4f}   floors: " + "; ".join(
+              f"{name} {m['srocc_q']:.4f} / {m['srocc_c']:.4f}"
+              for name, m in floor_metrics(run, "val").items()))
+    save_checkpoint(run, "baseline_best.pt")
+
+
+def note_score(args, state, epoch, score):
+    """Update best epoch and patience; returns whether this epoch is the new best."""
+    if score > state["best_score"] + args.early_stopping_min_delta:
+        state["waited"] = 0
+    else:
+        state["waited"] += 1
+    better = score > state["best_score"]
+    if better:
+        state.update(best_score=score, best_epoch=epoch)
+    return better
+
+
+def stopped_early(args, state):
+    """Return whether patience has run out."""
+    return 0 < args.early_stopping_patience <= state["waited"]
+
+
+def print_epoch(row, rate, better):
+    """Print one line per epoch."""
+    print(f"epoch {row['epoch']:3d}  loss {row['train_loss']:.4f} / {row['val_loss']:.4f}  "
+          f"SROCC_Q {row['train_srocc_q']:.4f} / {row['val_srocc_q']:.4f}  "
+          f"SROCC_C {row['train_srocc_c']:.4f} / {row['val_srocc_c']:.4f}  "
+          f"lr {row['lr']:.1e}  {rate:.0f} images/s{'  best' if better else ''}", flush=True)
+
+
+def floor_metrics(run, part):
+    """Return {floor: metrics} on one part of the split."""
+    rows = run.parts[part]
+    return {name: metrics({k: v[rows] for k, v in pred.items()}, human(run.table, rows))
+            for name, pred in run.floors.pred.items()}
+
+
+# --- checkpoints and logs -------------------------------------------------------------------
+
+LOG_COLUMNS = (["epoch", "train_loss", "train_loss_q", "train_loss_c", "train_loss_exp", "val_loss"]
+               + [f"{part}_{name}" for part in ("train", "val") for name in METRIC_NAMES]
+               + ["best", "lr", "seconds"])
+
+# Flags that may differ from a checkpoint's when a run is resumed: they do not change the result.
+FREE_FLAGS = {"output_dir", "log_csv", "resume_from", "num_workers", "pin_memory", "cache",
+              "cache_dir", "cache_max_gb", "preset", "demo", "data_csv_path", "image_base_dir",
+              "no_amp", "repeats", "compile"}
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path that replaces `path` when the block ends well, and is gone if not."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} must be writable, but is not ({error}): free some space or give "
+                        f"another --output_dir; what was there before is untouched.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(run, name):
+    """Write what was trained, and all that an exact resume needs, to output_dir / name."""
+    plain = {key: value for key, value in vars(run.args).items() if key != "explicit"}
+    content = {"format": FORMAT, "version": FORMAT_VERSION, "args": plain, "seed": run.seed,
+               "identity": run.identity, "scales": run.table.scales,
+               "split": split_hash(run.table, run.parts, run.args),
+               "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
+               "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+               "progress": run.state}
+    with atomic_path(Path(run.args.output_dir, name)) as temporary:
+        with open(temporary, "wb") as handle:
+            torch.save(content, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+
+
+def load_checkpoint(path):
+    """Load a checkpoint of this program (tensors and plain values only); raise UserError if not."""
+    if not Path(path).is_file():
+        raise UserError(f"A checkpoint must exist, but there is no file {path}: give the path of a "
+                        f"baseline_last.pt or baseline_best.pt.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and tensor errors all mean the same to a user
+        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else repr(error)
+        raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason}): use "
+                        f"the other one of baseline_last.pt and baseline_best.pt.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} must be a checkpoint of baseline.py, but is another program's "
+                        f"file: give a baseline_last.pt or baseline_best.pt.")
+    if content["version"] != FORMAT_VERSION:
+        raise UserError(f"{path} has checkpoint version {content['version']}, but this baseline.py "
+                        f"reads version {FORMAT_VERSION}: use the baseline.py that wrote it.")
+    return content
+
+
+def adopt_checkpoint_args(args, content, path):
+    """Take every flag that the command line does not name from the checkpoint.
+
+    A named flag that contradicts the checkpoint and would change the result is an error.
+    """
+    saved = content["args"]
+    clash = [f"--{key} {getattr(args, key)} (checkpoint: {saved[key]})"
+             for key in sorted(args.explicit - FREE_FLAGS)
+             if key in saved and getattr(args, key) != saved[key]]
+    if clash:
+        raise UserError(f"A resumed run must keep the settings of {path}, but the command line "
+                        f"has {', '.join(clash)}: drop these flags, or start a new run.")
+    for key, value in saved.items():
+        if key not in args.explicit | {"resume_from", "cache_dir"}:
+            setattr(args, key, value)
+    if "output_dir" not in args.explicit:
+        args.output_dir = str(Path(path).parent)
+    if "cache_dir" not in args.explicit:
+        args.cache_dir = str(Path(args.output_dir) / "cache")
+
+
+def load_trained_state(scorer, state, path):
+    """Load what was trained into a freshly built scorer; raise UserError where it does not fit."""
+    own = scorer.trained_state()
+    wrong = sorted(set(own) ^ set(state)) or [
+        name for name in own if own[name].shape != state[name].shape]
+    if wrong:
+        raise UserError(f"{path} must hold the trained weights of this model, but {wrong[0]} "
+                        f"(and {len(wrong) - 1} more) differ: it is from another model.")
+    scorer.load_state_dict(state, strict=False)
+
+
+def resume(run, content, path):
+    """Bring a set-up run to where the checkpoint was."""
+    if content["identity"]["weights"] != run.identity["weights"]:
+        raise UserError(f"{path} was trained from other CLIP weights than "
+                        f"{run.identity['model']} has now: give the same --clip_model and "
+                        f"--pretrained.")
+    if content["split"] != split_hash(run.table, run.parts, run.args):
+        raise UserError(f"{path} was trained on another split of the data: resume with the same "
+                        f"CSV, --seed, --split_by and ratios.")
+    load_trained_state(run.scorer, content["state"], path)
+    run.optimizer.load_state_dict(content["optimizer"])
+    run.scaler.load_state_dict(content["scaler"])
+    run.state.update(content["progress"])
+    print(f"resumed {path} after epoch {run.state['epoch']}")
+
+
+def write_table(path, rows, columns):
+    """Write dictionaries as a CSV, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_log(run):
+    """Write the log: one row per epoch, from the state that the checkpoint also holds."""
+    write_table(Path(run.args.output_dir, run.args.log_csv), run.state["log"], LOG_COLUMNS)
+
+
+def write_json(path, content):
+    """Write JSON atomically; NaN becomes null."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(finite_json(content), indent=1) + "\n", encoding="utf-8")
+
+
+def finite_json(value):
+    """Return the value with NaN and infinities as None: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: finite_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_json(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def git_commit():
+    """Return the commit of this file's repository, or None."""
+    result = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True,
+                            text=True, check=False) if shutil.which("git") else None
+    return result.stdout.strip() if result and result.returncode == 0 else None
+
+
+def write_config(run):
+    """Write config.json: arguments, versions, split, label scales, commit."""
+    versions = {name: sys.modules[name].__version__ for name in ("torch", "open_clip", "pandas",
+                                                                 "numpy", "scipy")}
+    arguments = {k: v for k, v in vars(run.args).items() if k != "explicit"}
+    write_json(Path(run.args.output_dir, "config.json"), {
+        "arguments": arguments, "seed": run.seed, "identity": run.identity,
+        "label_scales": run.table.scales, "split": split_hash(run.table, run.parts, run.args),
+        "images": {part: len(rows) for part, rows in run.parts.items()},
+        "versions": {"python": platform.python_version(), **versions}, "commit": git_commit()})
+
+
+def write_predictions(run, part, pred):
+    """Write <part>_predictions.csv, scores for people: clamped and on the MOS scale."""
+    args, table, rows = run.args, run.table, run.parts[part]
+    frame = table.frame.iloc[rows]
+    columns = {"name": frame[args.name_column], "prompt": frame[args.prompt_column],
+               "mos_quality": frame[args.quality_column],
+               "mos_align": frame[args.consistency_column]}
+    for name, key in (("quality", "q"), ("consistency", "c"), ("quality_base", "q_base"),
+                      ("consistency_base", "c_base")):
+        columns[name] = (np.clip(pred[key], 0, 1) * table.scales[key[0]]).round(4)
+    records = pd.DataFrame(columns).to_dict("records")
+    write_table(Path(args.output_dir, f"{part}_predictions.csv"), records, list(columns))
+
+
+# --- report ---------------------------------------------------------------------------------
+
+
+def judge(run, part):
+    """Return (predictions, {metrics, "interval_q", "interval_c", "gain_q", ..}) of one part.
+
+    interval: 95 % of SROCC by bootstrap over prompts; gain: SROCC minus the linear probe's.
+    """
+    pred, values = evaluate_part(run, part)
+    values.pop("loss")
+    rows = run.parts[part]
+    mos, groups = human(run.table, rows), run.table.prompt_id[rows]
+    for target in TARGETS:
+        values[f"interval_{target}"] = bootstrap_interval(pred[target], mos[target], groups)
+    return pred, values
+
+
+def finish(run, seconds):
+    """Evaluate the best checkpoint on every part, write predictions and return the summary."""
+    args = run.args
+    content = load_checkpoint(Path(args.output_dir, "baseline_best.pt"))
+    load_trained_state(run.scorer, content["state"], "baseline_best.pt")
+    summary = {"best_epoch": run.state["best_epoch"], "epochs_run": run.state["epoch"],
+               "start": {k: v for k, v in run.state["start"].items() if k != "loss"}}
+    judged = [part for part in ("val", "test") if len(run.parts[part])]
+    for part in judged:
+        pred, summary[part] = judge(run, part)
+        write_predictions(run, part, pred)
+    summary["train"] = evaluate_part(run, "train")[1]
+    summary["train"].pop("loss")
+    summary["floors"] = floor_metrics(run, "val")
+    if "test" in judged:
+        summary["floors_test"] = floor_metrics(run, "test")
+    for target in TARGETS:
+        gap = summary["train"][f"srocc_{target}"] - summary["val"][f"srocc_{target}"]
+        summary[f"gap_{target}"] = gap
+        summary[f"tier_{target}"] = tier(target, summary["val"][f"srocc_{target}"], gap)
+    summary.update(seed=run.seed, split=split_hash(run.table, run.parts, args),
+                   seconds=seconds, output_dir=args.output_dir)
+    write_json(Path(args.output_dir, "result.json"), summary)
+    return summary
+
+
+ROW_TITLES = {"zero_shot": "zero-shot", "linear_probe": "linear probe",
+              "prompt_mean": "prompt mean (no pixels)"}
+
+
+def print_summary(summary):
+    """Print the final table of one run: floors and this run, then gap and tier."""
+    part = "test" if "test" in summary else "val"
+    floors = summary["floors_test" if part == "test" else "floors"]
+    print(f"\n{part}, best epoch {summary['best_epoch']:<8} {'SROCC_Q':>9}{'PLCC_Q':>9}"
+          f"{'SROCC_C':>9}{'PLCC_C':>9}   95 % interval of SROCC")
+    for name, values in [*floors.items(), ("this run", summary[part])]:
+        cells = "".join(f"{values[m]:9.4f}" for m in ("srocc_q", "plcc_q", "srocc_c", "plcc_c"))
+        interval = "".join(f"   {t.upper()} {values[f'interval_{t}'][0]:.3f}.."
+                           f"{values[f'interval_{t}'][1]:.3f}" for t in TARGETS
+                           if f"interval_{t}" in values)
+        print(f"{ROW_TITLES.get(name, name):24}{cells}{interval}")
+    if part == "test":
+        print("validation SROCC (it picked the epoch): "
+              f"Q {summary['val']['srocc_q']:.4f}, C {summary['val']['srocc_c']:.4f}")
+    for target, title in (("q", "quality"), ("c", "consistency")):
+        print(f"{title}: Train-Val Gap {summary[f'gap_{target}']:+.4f}, "
+              f"tier {summary[f'tier_{target}']}")
+
+
+def run_files(args):
+    """Return the names of what one run writes into its output_dir."""
+    return ["baseline_best.pt", "baseline_last.pt", "config.json", "result.json",
+            "val_predictions.csv", "test_predictions.csv", Path(args.log_csv).name]
+
+
+def archive_old_run(args):
+    """Move an earlier run's files to archive/<time>/ instead of overwriting them."""
+    folder = Path(args.output_dir)
+    old = [folder / name for name in run_files(args) if (folder / name).exists()]
+    old += sorted(folder.glob("repeat_*"))
+    if not old:
+        return
+    target = folder / "archive" / time.strftime("%Y%m%d-%H%M%S")
+    while target.exists():
+        target = target.with_name(target.name + "x")
+    try:
+        target.mkdir(parents=True)
+        for path in old:
+            path.rename(target / path.name)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} must be writable to keep the earlier run, but is "
+                        f"not ({error}): give another --output_dir.") from error
+    print(f"the earlier run in {folder} is kept in {target}")
+
+
+def changed_flags(args):
+    """Return the command-line flags by which a run differs from the defaults."""
+    defaults = vars(build_parser().parse_args([]))
+    skip = {"explicit", "output_dir", "cache_dir", "preset", "resume_from"}
+    words = []
+    for key, value in sorted(vars(args).items()):
+        if key not in skip and value != defaults.get(key):
+            words.append(f"--{key}" if value is True else f"--{key} {value}")
+    return " ".join(words)
+
+
+RUN_COLUMNS = (["time", "arguments", "seed", "split", "best_epoch"]
+               + [f"{part}_{name}" for part in ("val", "test") for name in METRIC_NAMES]
+               + [f"{floor}_srocc_{t}" for floor in ("zero_shot", "linear_probe")
+                  for t in TARGETS] + ["gap_q", "gap_c", "seconds", "checkpoint"])
+
+
+def append_run(args, summary):
+    """Append one row to <output_dir>/runs.csv in a single write; the file is never rewritten."""
+    row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "arguments": changed_flags(args),
+           "checkpoint": str(Path(summary["output_dir"], "baseline_best.pt"))}
+    row.update({k: summary[k] for k in ("seed", "split", "best_epoch", "gap_q", "gap_c")})
+    row["seconds"] = round(summary["seconds"], 1)
+    for part in ("val", "test"):
+        row.update({f"{part}_{name}": summary.get(part, {}).get(name, "")
+                    for name in METRIC_NAMES})
+    for floor in ("zero_shot", "linear_probe"):
+        row.update({f"{floor}_srocc_{t}": summary["floors"][floor][f"srocc_{t}"]
+                    for t in TARGETS})
+    path = Path(args.output_dir, "runs.csv")
+    new = not path.exists()
+    line = pd.DataFrame([row], columns=list(RUN_COLUMNS)).to_csv(index=False, header=new)
+    with open(path, "a", encoding="utf-8", newline="") as handle:
+        handle.write(line)
+
+
+# --- repeats --------------------------------------------------------------------------------
+
+
+def mean_sd(values):
+    """Return (mean, sample standard deviation) of a list, sd NaN for a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def paired_interval(differences):
+    """Return {"mean", "low", "high"}: the 95 % t interval of paired differences."""
+    mean, sd = mean_sd(differences)
+    half = scipy.stats.t.ppf(0.975, len(differences) - 1) * sd / math.sqrt(len(differences))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def summarise_repeats(summaries):
+    """Return mean and sd of every metric per part and floor, and paired gains over the floors."""
+    table = {"repeats": summaries, "mean": {}, "sd": {}, "gain": {}}
+    judged = "test" if "test" in summaries[0] else "val"
+    floors = "floors_test" if judged == "test" else "floors"
+
+    def collect(name, pick):
+        cells = {m: mean_sd([pick(s)[m] for s in summaries]) for m in METRIC_NAMES}
+        table["mean"][name] = {m: cell[0] for m, cell in cells.items()}
+        table["sd"][name] = {m: cell[1] for m, cell in cells.items()}
+
+    for part in ("train", "val", "test"):
+        if part in summaries[0]:
+            collect(part, lambda s, part=part: s[part])
+    for floor in summaries[0][floors]:
+        collect(floor, lambda s, floor=floor: s[floors][floor])
+        table["gain"][floor] = {
+            f"srocc_{t}": paired_interval([s[judged][f"srocc_{t}"] - s[floors][floor][f"srocc_{t}"]
+                                           for s in summaries]) for t in TARGETS}
+    table["part"] = judged
+    return table
+
+
+def print_repeats(table):
+    """Print the final table of repeated runs: mean +- SD, then the gains over the floors."""
+    part, count = table["part"], len(table["repeats"])
+    print(f"\n{part} of {count} splits, mean +- SD      "
+          + "".join(f"{m:<19}" for m in ("SROCC_Q", "PLCC_Q", "SROCC_C", "PLCC_C")))
+    for name in [*table["gain"], part]:
+        cells = "".join(f"{table['mean'][name][m]:.4f} +- {table['sd'][name][m]:.4f}   "
+                        for m in ("srocc_q", "plcc_q", "srocc_c", "plcc_c"))
+        title = "this run" if name == part else ROW_TITLES[name]
+        print(f"{title:30}{cells}".rstrip())
+    for floor, gain in table["gain"].items():
+        print(f"gain over {ROW_TITLES[floor]}, paired, 95 %: " + ", ".join(
+            f"{t.upper()} {g['mean']:+.4f} ({g['low']:+.4f}..{g['high']:+.4f})"
+            for t, g in zip(TARGETS, gain.values())))
+
+
+def repeat_fingerprint(args, table):
+    """Return a hash of what the repeats depend on: flags that matter, and the data."""
+    flags = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS | {"explicit"}}
+    data = pd.util.hash_pandas_object(table.frame.astype(str), index=False).to_numpy().tobytes()
+    return content_key(flags=flags, data=hashlib.sha256(data).hexdigest())
+
+
+def train_repeats(args, table):
+    """Train on several splits; a repeat that was finished before is not run again."""
+    folder, fingerprint = Path(args.output_dir), repeat_fingerprint(args, table)
+    record = folder / "repeats.json"
+    if not (record.exists() and read_json(record).get("fingerprint") == fingerprint):
+        archive_old_run(args)
+        write_json(record, {"fingerprint": fingerprint})
+    summaries = []
+    for seed in range(args.seed, args.seed + args.repeats):
+        own = argparse.Namespace(**{**vars(args), "output_dir": str(folder / f"repeat_{seed}")})
+        done = Path(own.output_dir, "result.json")
+        if done.exists():
+            print(f"\nrepeat with seed {seed}: finished before, kept")
+            summaries.append(nan_json(read_json(done)))
+            continue
+        print(f"\nrepeat with seed {seed}")
+        last = Path(own.output_dir, "baseline_last.pt")
+        summaries.append(train_one_run(own, table, seed, last if last.exists() else None))
+        append_run(args, summaries[-1])
+    result = {**summarise_repeats(summaries), "fingerprint": fingerprint,
+              "output_dir": args.output_dir}
+    write_json(record, result)
+    print_repeats(result)
+    return result
+
+
+def read_json(path):
+    """Read a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def nan_json(value):
+    """Undo finite_json: None becomes NaN."""
+    if isinstance(value, dict):
+        return {key: nan_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [nan_json(item) for item in value]
+    return math.nan if value is None else value
+
+
+# --- main -----------------------------------------------------------------------------------
+
+
+def resolve_precision(args, device):
+    """Replace --precision auto by what the device does best."""
+    if args.precision == "auto":
+        half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
+        args.precision = half if device.type == "cuda" else "fp32"
+
+
+def set_up(args, table, seed):
+    """Build everything that one training run needs and print what will happen.
+
+    seed: of split, heads, order; the CLIP's random weights (if any) follow args.seed, so that
+    repeats share one CLIP and its cache.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolve_precision(args, device)
+    parts = split_rows(table, args, seed)
+    clip, tokenizer, identity = load_clip(args, args.seed)
+    towers = {"image": image_tower(clip), "text": text_tower(clip)}
+    freeze_towers(clip, towers, args)
+    torch.manual_seed(seed)
+    scorer = CLIPScorer(clip, towers, identity["preprocess"], args).to(device)
+    print_setup(args, table, parts, towers, device, scorer)
+    identity_key = {**identity, "precision": args.precision, "device": device.type}
+    scorer.eval()
+    teacher = None
+    if args.use_explanations:
+        teacher = text_embeddings(scorer, tokenizer, table.explanations, "explanations",
+                                  identity_key, args, device)
+    antonyms = text_embeddings(scorer, tokenizer, ["Good photo.", "Bad photo."], "antonyms",
+                               identity_key, args, device)
+    images = ImageInputs(scorer, table, identity_key, args, device)
+    texts = TextInputs(scorer, tokenize(tokenizer, table.prompts, "prompts"), identity_key, args,
+                       device)
+    f, t = frozen_embeddings(images, texts, table, identity_key, args)
+    floors = fit_floors(f, t, antonyms.cpu(), table, parts["train"], args)
+    if not args.no_base_calibration:
+        train = parts["train"]
+        calibrate(scorer, floors, (f * t).sum(-1)[train],
+                  torch.from_numpy(table.consistency[train]))
+    for tower in towers.values():
+        tower.checkpointing = args.grad_checkpointing
+        tower.finish = torch.compile(tower.finish) if args.compile else tower.finish
+    targets = {t: torch.from_numpy(m).to(device)
+               for t, m in human(table, np.arange(len(table.paths))).items()}
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    state = {"epoch": 0, "best_score": -math.inf, "best_epoch": 0, "waited": 0, "log": []}
+    return Run(args, seed, device, table, parts, identity, scorer, images, texts, targets, teacher,
+               floors, make_optimizer(scorer, args, device), scaler, state)
+
+
+def print_setup(args, table, parts, towers, device, scorer):
+    """Print what the run is about to do."""
+    counts = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items() if len(rows))
+    print(f"data: {len(table.paths)} images, {len(table.prompts)} prompts, split by "
+          f"{args.split_by}: {counts}; label scales Q {table.scales['q']:g}, "
+          f"C {table.scales['c']:g}")
+    if args.split_by == "image":
+        print("WARNING: --split_by image leaks: the same prompts are in training and validation; "
+              "compare with the prompt-mean floor, which sees no pixels")
+    for name, tower in towers.items():
+        print(describe_tower(name, tower))
+    heads = sum(p.numel() for n, p in scorer.named_parameters() if not n.startswith("clip."))
+    print(f"heads: {heads / 1e6:.2f} M parameters; device {device}, {args.precision}, lr "
+          f"{args.lr:g} (heads {head_lr(args):g})")
+    if args.use_refinement and not args.no_residual_learning or (
+            args.use_two_branch and not args.no_residual_learning):
+        print("WARNING: --use_two_branch and --use_refinement together with residual learning are "
+              "not recommended by the reference card; they work")
+
+
+@torch.no_grad()
+def frozen_embeddings(images, texts, table, identity, args):
+    """Return (N, D) image and prompt embeddings of every row by the pretrained towers, on the CPU.
+
+    Cached on disk where the images' own features are not the embeddings already.
+    """
+    images.scorer.eval()
+    views = plain_views(np.arange(len(table.paths)), 64)
+
+    def chunks():
+        for x in progress(images.stream(views), "embeddings", len(views)):
+            with autocast(args, images.device):
+                yield images.tower.suffix(x).float().cpu()
+
+    key = content_key(kind="embedding", identity=identity, files=file_stamps(table.paths))
+    cached = None
+    if images.tower.frozen != "all" and args.cache != "off":
+        cached = cached_array(args, "embedding", key, len(table.paths), chunks)
+    f = torch.from_numpy(np.array(cached)) if cached is not None else torch.cat(list(chunks()))
+    t = []
+    for rows in np.array_split(np.arange(len(table.prompts)), -(-len(table.prompts) // 64)):
+        x, end, _ = texts.fetch(rows)
+        with autocast(args, images.device):
+            t.append(texts.tower.suffix(x, end).float().cpu())
+    return f, torch.cat(t)[table.prompt_id]
+
+
+def train_one_run(args, table, seed, checkpoint=None):
+    """Train one split, from a checkpoint if given; returns the summary (see finish)."""
+    began = time.perf_counter()
+    run = set_up(args, table, seed)
+    write_config(run)
+    if checkpoint is not None:
+        resume(run, load_checkpoint(checkpoint), checkpoint)
+    fit(run)
+    summary = finish(run, time.perf_counter() - began)
+    print_summary(summary)
+    return summary
+
+
+def train(args):
+    """Train as the arguments say; returns the summary that is also printed as JSON."""
+    if args.resume_from:
+        content = load_checkpoint(args.resume_from)
+        adopt_checkpoint_args(args, content, args.resume_from)
+    table = load_table(args)
+    if args.repeats > 1:
+        return train_repeats(args, table)
+    if args.resume_from:
+        summary = train_one_run(args, table, content["seed"], args.resume_from)
+    else:
+        archive_old_run(args)
+        summary = train_one_run(args, table, args.seed)
+    append_run(args, summary)
+    return summary
+
+
+def main(argv=None):
+    """Run the command line; returns the summary. Errors of the user end with status 2."""
+    args = parse_args(argv)
+    try:
+        summary = train(args)
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"baseline.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    print(json.dumps(finite_json(summary)))
+    return summary
+
+
+if __name__ == "__main__":
+    main()
