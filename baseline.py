@@ -26,6 +26,7 @@ import math
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pandas as pd
@@ -84,6 +86,11 @@ DEMO = dict(data_csv_path=str(HERE / "data/demo/data.csv"),
             image_base_dir=str(HERE / "data/demo/images"),
             clip_model=f"local-dir:{HERE / 'data/demo/clip'}",
             epochs=8, lr=3e-4, num_workers=0)
+
+# Flags that only do something together with another one.
+DEPENDENT_FLAGS = {"freeze_layers": "partial_freeze", "refinement_layers": "use_refinement",
+                   "refinement_heads": "use_refinement", "refinement_dim": "use_refinement",
+                   "w_exp": "use_explanations", "explanation_column": "use_explanations"}
 
 
 class UserError(Exception):
@@ -242,7 +249,7 @@ def build_parser():
                    help="peak learning rate of CLIP (of the heads where CLIP is frozen)")
     g.add_argument("--head_lr", type=positive,
                    help="peak learning rate of the heads; not given: lr where CLIP is frozen, "
-                        "otherwise 10 * lr and at least 1e-3")
+                        "otherwise lr but at least 1e-3")
     g.add_argument("--weight_decay", type=number(0), default=1e-4,
                    help="AdamW's; never on norms, biases and scalars")
     g.add_argument("--warmup_ratio", type=fraction, default=0.05,
@@ -310,6 +317,7 @@ def parse_args(argv=None):
     Returns the namespace of all flags. Contradictions end in parser.error (exit status 2).
     """
     parser = build_parser()
+    parser.parse_args(argv)  # --help and errors come from here, with the true defaults
     given = explicit_values(parser, argv)
     defaults = dict(DEMO) if given.get("demo") else {}
     defaults.update(PRESETS.get(given.get("preset"), {}))
@@ -330,6 +338,11 @@ def parse_args(argv=None):
     if args.repeats > 1 and args.resume_from:
         parser.error("--repeats continues by itself when the command is restarted: "
                      "drop --resume_from")
+    if args.no_amp and given.get("precision", "fp32") != "fp32":
+        parser.error(f"--no_amp means --precision fp32, not {args.precision}: drop one of them")
+    for flag, needed in DEPENDENT_FLAGS.items():
+        if flag in given and not getattr(args, needed):
+            print(f"WARNING: --{flag} does nothing without --{needed}", file=sys.stderr)
     if args.no_amp:
         args.precision = "fp32"
     args.explicit = (set(given) | set(defaults)) - {"preset", "demo"}
@@ -610,6 +623,7 @@ def find_weights(args):
                             f"({', '.join(tags) or 'which has no tags'}), but {args.pretrained} "
                             f"is not.")
     try:
+        skip_unreachable_hub()
         if schema == "hf-hub":
             return open_clip.factory.download_pretrained_from_hf(identifier), {}
         return open_clip.download_pretrained(config), config
@@ -620,6 +634,19 @@ def find_weights(args):
             f"could not be downloaded ({reason}): connect to the network once, or give a local "
             f"file with --pretrained FILE (and --quick_gelu for an OpenAI release), a folder with "
             f"--clip_model local-dir:PATH, or see it work with --demo.") from error
+
+
+def skip_unreachable_hub():
+    """Let the hub's library use its local cache at once where its host cannot be found.
+
+    Without this it retries for most of a minute before it says that there is no network.
+    """
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return
+    try:
+        socket.getaddrinfo("huggingface.co", 443)
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 class SkipRandomInit(torch.overrides.TorchFunctionMode):
@@ -705,6 +732,8 @@ def load_clip(args, seed):
     (open_clip itself only warns), what --quick_gelu says, or what the model's own config says.
     """
     try:
+        if args.clip_model.startswith("hf-hub:"):
+            skip_unreachable_hub()
         config = open_clip.get_model_config(args.clip_model)
     except (OSError, ValueError) as error:
         raise UserError(f"--clip_model {args.clip_model} has no readable open_clip_config.json "
@@ -735,6 +764,7 @@ def load_clip(args, seed):
     fingerprint = file_hash(weights) if weights else f"random-{seed}-{torch.__version__}"
     return model, tokenizer, {"model": args.clip_model, "pretrained": args.pretrained,
                               "weights": fingerprint, "quick_gelu": quick_gelu,
+                              "embed_dim": config["embed_dim"],
                               "preprocess": model.visual.preprocess_cfg}
 
 
@@ -1207,31 +1237,19 @@ class Refinement(nn.Module):
 class CLIPScorer(nn.Module):
     """Compose CLIP's towers and the heads.
 
-    towers: {"image", "text"}, frozen already; preprocess: open_clip's preprocess config.
+    towers: {"image", "text"}, frozen already; dim: D; preprocess: open_clip's preprocess config.
     """
 
-    def __init__(self, clip, towers, preprocess, args):
+    def __init__(self, clip, towers, dim, preprocess, args):
         super().__init__()
         self.clip, self.towers = clip, towers
         for name in ("mean", "std"):
             value = torch.tensor(preprocess[name], dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(f"pixel_{name}", value, persistent=False)
-        dim = self.embedding_dim(preprocess)
         self.quality = QualityHead(dim, args)
         self.consistency = ConsistencyHead(dim, args)
         self.refinement = Refinement(dim, args) if args.use_refinement else None
         self.explanation = nn.Linear(2 * dim + 1, dim) if args.use_explanations else None
-
-    @torch.no_grad()
-    def embedding_dim(self, preprocess):
-        """Return D, by running the image tower once on an empty image."""
-        was = self.clip.training
-        self.clip.eval()
-        size = preprocess["size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        dim = self.clip.encode_image(torch.zeros(1, 3, height, width)).shape[-1]
-        self.clip.train(was)
-        return dim
 
     def train(self, mode=True):
         """Switch to training mode; what is frozen stays in eval mode (BatchNorm, dropout)."""
@@ -1395,29 +1413,31 @@ def pearson_of_ranks(pred, mos):
 RIDGE_STRENGTHS = tuple(10.0 ** k for k in range(-3, 5))
 
 
-def ridge(x, y, strength):
-    """Return (weights (K,), intercept) of ridge regression, x: (n, K), y: (n,) float64."""
+def ridge(x, y, strengths):
+    """Return [(weights (K,), intercept)] of ridge regression for each strength.
+
+    x: (n, K), y: (n,), both float64; the intercept is not penalised.
+    """
     mean_x, mean_y = x.mean(0), y.mean()
-    x = x - mean_x
-    gram = x.T @ x + strength * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.cholesky_solve((x.T @ (y - mean_y))[:, None],
-                                   torch.linalg.cholesky(gram)).squeeze(1)
-    return weights, mean_y - mean_x @ weights
+    gram, target = (x - mean_x).T @ (x - mean_x), (x - mean_x).T @ (y - mean_y)
+    fits = []
+    for strength in strengths:
+        factor = torch.linalg.cholesky(gram + strength * torch.eye(len(gram), dtype=x.dtype))
+        weights = torch.cholesky_solve(target[:, None], factor).squeeze(1)
+        fits.append((weights, mean_y - mean_x @ weights))
+    return fits
 
 
 def fit_ridge(x, y, groups, folds=5):
-    """Fit a ridge whose strength is chosen by cross-validation over groups; see ridge."""
+    """Fit a ridge whose strength is chosen by cross-validation over groups, (n,) int; see ridge."""
     fold = np.random.default_rng(0).permutation(groups.max() + 1)[groups] % folds
-    folds = [torch.from_numpy(fold == i) for i in range(folds) if 0 < (fold == i).sum() < len(y)]
-
-    def error(strength):
-        total = 0.0
-        for held_out in folds:
-            weights, intercept = ridge(x[~held_out], y[~held_out], strength)
-            total += ((x[held_out] @ weights + intercept - y[held_out]) ** 2).sum().item()
-        return total
-
-    return ridge(x, y, min(RIDGE_STRENGTHS, key=error))
+    errors = torch.zeros(len(RIDGE_STRENGTHS), dtype=x.dtype)
+    for held_out in (torch.from_numpy(fold == i) for i in range(folds)):
+        if 0 < held_out.sum() < len(y):
+            fits = ridge(x[~held_out], y[~held_out], RIDGE_STRENGTHS)
+            errors += torch.stack([((x[held_out] @ w + b - y[held_out]) ** 2).sum()
+                                   for w, b in fits])
+    return ridge(x, y, [RIDGE_STRENGTHS[int(errors.argmin())]])[0]
 
 
 def logit(p):
@@ -1460,7 +1480,7 @@ def fit_floors(f, t, antonyms, table, train, args):
     if args.split_by == "image":
         pred["prompt_mean"] = {"q": prompt_mean(table, q, train),
                                "c": prompt_mean(table, c, train)}
-    slope, offset = ridge((s[train, None] + 1) / 2, c[train], 1e-9)
+    slope, offset = ridge((s[train, None] + 1) / 2, c[train], [1e-9])[0]
     return Floors({name: {k: v.numpy() for k, v in p.items()} for name, p in pred.items()},
                   (weights, intercept), [slope.item(), offset.item()])
 
@@ -1485,7 +1505,7 @@ def calibrate(scorer, floors, cosines, mos):
     base.bias.fill_(intercept.item())
     affine = floors.affine
     if scorer.consistency.branch is not None:
-        slope, offset = ridge(cosines[:, None].double(), logit(mos.double()), 1e-9)
+        slope, offset = ridge(cosines[:, None].double(), logit(mos.double()), [1e-9])[0]
         affine = [slope.item(), offset.item()]
     scorer.consistency.affine.copy_(torch.tensor(affine))
 
@@ -2551,7 +2571,7 @@ def set_up(args, table, seed):
     towers = {"image": image_tower(clip), "text": text_tower(clip)}
     freeze_towers(clip, towers, args)
     torch.manual_seed(seed)
-    scorer = CLIPScorer(clip, towers, identity["preprocess"], args).to(device)
+    scorer = CLIPScorer(clip, towers, identity["embed_dim"], identity["preprocess"], args).to(device)
     print_setup(args, table, parts, towers, device, scorer)
     identity_key = {**identity, "precision": args.precision, "device": device.type}
     scorer.eval()
