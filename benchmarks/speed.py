@@ -1,0 +1,315 @@
+"""Time this program against a plain training loop and against the bare limit, in one run.
+
+    python benchmarks/speed.py --data_csv_path data/data.csv --image_base_dir data/images
+
+(a) this program with a warm cache: baseline.train_one_epoch.
+(b) a plain loop, as most fine-tuning scripts have it: open_clip's default model, prompts padded to
+    the full context, images decoded in every epoch, the whole forward pass, requires_grad=False on
+    what is frozen, unfused AdamW.
+(c) the limit: forward and backward of only what trains, on tensors that are already resident.
+(d) the arithmetic of (a), from 24 N d^2 + 4 N^2 d floating-point operations per block of N tokens
+    of width d (forward), over the best matrix-product rate measured here at that precision.
+
+Repetitions are interleaved and medians are printed, so that a busy machine slows all alike.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pandas as pd
+import torch
+from PIL import Image
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import baseline  # noqa: E402  the file next door, not an installed package
+
+CASES = {"freeze_clip": ["--freeze_clip"], "partial_freeze": ["--partial_freeze"], "full": []}
+
+
+def parse_args():
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data_csv_path", default="data/data.csv", help="CSV as for baseline.py")
+    parser.add_argument("--image_base_dir", default="data/images", help="images of the CSV")
+    parser.add_argument("--clip_model", default="ViT-B-32", help="open_clip model")
+    parser.add_argument("--freeze_layers", type=int, default=8, help="for partial_freeze")
+    parser.add_argument("--images", type=int, default=160, help="rows of the CSV; 80 %% train")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per step")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of towers")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES),
+                        help="what to time")
+    parser.add_argument("--num_workers", type=int, default=2, help="decoding processes")
+    parser.add_argument("--whole", action="store_true",
+                        help="also time whole commands: --freeze_clip --epochs 10, cold and again")
+    parser.add_argument("--growth", type=int, nargs="*", default=[],
+                        help="also time and memory of the partial run at these numbers of images")
+    return parser.parse_args()
+
+
+def write_subset(options, count, folder):
+    """Write a CSV of `count` images, drawn evenly over the prompts, and return its path."""
+    frame = pd.read_csv(options.data_csv_path, dtype=str, keep_default_na=False)
+    path = Path(folder, f"subset_{count}.csv")
+    frame.sample(min(count, len(frame)), random_state=0).to_csv(path, index=False)
+    return path
+
+
+def flags(options, case, csv, folder):
+    """Return the baseline.py flags of one case."""
+    frozen = CASES[case] + (["--freeze_layers", str(options.freeze_layers)]
+                            if case == "partial_freeze" else [])
+    return ["--data_csv_path", str(csv), "--image_base_dir", options.image_base_dir,
+            "--clip_model", options.clip_model, "--pretrained", "none", "--precision",
+            options.precision, "--batch_size", str(options.batch_size), "--num_workers",
+            str(options.num_workers), "--output_dir", str(Path(folder, case)), *frozen]
+
+
+def set_up(options, case, csv, folder):
+    """Return the baseline.Run of one case, its cache filled."""
+    args = baseline.parse_args(flags(options, case, csv, folder))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return baseline.set_up(args, baseline.load_table(args), args.seed)
+
+
+class PlainImages(torch.utils.data.Dataset):
+    """Decode, preprocess and tokenise one image at a time, in every epoch."""
+
+    def __init__(self, run, preprocess, tokens):
+        self.table, self.rows = run.table, run.parts["train"]
+        self.preprocess, self.tokens = preprocess, tokens
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        row = self.rows[i]
+        image = self.preprocess(Image.open(self.table.paths[row]).convert("RGB"))
+        return (image, self.tokens[self.table.prompt_id[row]], self.table.quality[row],
+                self.table.consistency[row])
+
+
+class PlainLoop:
+    """The training loop that most scripts have (see b), with the same heads and the same freezing."""
+
+    def __init__(self, run, options):
+        self.run, self.options = run, options
+        self.clip, _, preprocess = open_clip.create_model_and_transforms(options.clip_model)
+        state = {name.removeprefix("clip."): value for name, value in
+                 run.scorer.state_dict().items() if name.startswith("clip.")}
+        self.clip.load_state_dict(state)
+        frozen = {name.removeprefix("clip.") for name, p in run.scorer.named_parameters()
+                  if not p.requires_grad}
+        for name, parameter in self.clip.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        dim = run.identity["embed_dim"]
+        self.heads = nn.ModuleList([baseline.QualityHead(dim, run.args),
+                                    baseline.ConsistencyHead(dim, run.args)])
+        tokens = open_clip.get_tokenizer(options.clip_model)(run.table.prompts)
+        self.loader = torch.utils.data.DataLoader(
+            PlainImages(run, preprocess, tokens), batch_size=options.batch_size, shuffle=True,
+            num_workers=options.num_workers)
+        trained = [p for p in [*self.clip.parameters(), *self.heads.parameters()]
+                   if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=3e-5, fused=False)
+
+    def epoch(self):
+        """Train for one epoch."""
+        self.clip.train()
+        half = torch.bfloat16 if self.options.precision == "bf16" else None
+        for image, text, quality, consistency in self.loader:
+            with torch.autocast("cpu", half, enabled=half is not None):
+                f = self.clip.encode_image(image, normalize=True)
+                t = self.clip.encode_text(text, normalize=True)
+            f, t = f.float(), t.float()
+            q, c = self.heads[0](f)[0], self.heads[1](f, t, (f * t).sum(-1))[0]
+            loss = nn.functional.mse_loss(q, quality) + nn.functional.mse_loss(c, consistency)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss.item()
+
+
+class Limit:
+    """Forward, backward and update of only what trains, on resident tensors (see c)."""
+
+    def __init__(self, run):
+        self.run = run
+        self.views = baseline.epoch_views(run.parts["train"], run.args, run.seed, 1)
+        self.batches = []
+        for view, x in zip(self.views, run.images.stream(self.views)):
+            text = run.texts.fetch(run.table.prompt_id[view.rows])
+            self.batches.append((x.clone(), text, baseline.add_targets(run, view, view.rows)))
+
+    def epoch(self):
+        """Run one epoch's batches."""
+        run = self.run
+        run.scorer.train()
+        for x, text, batch in self.batches:
+            with baseline.autocast(run.args, run.device):
+                out = run.scorer(x, *text)
+            baseline.losses(out, batch, run.args)[1].backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+
+
+def block_flops(tokens, width, one_token=False):
+    """Return forward operations of a block: 24 N d^2 + 4 N^2 d, or with one query token."""
+    if one_token:
+        return 4 * tokens * width ** 2 + 20 * width ** 2 + 4 * tokens * width
+    return 24 * tokens * width ** 2 + 4 * tokens ** 2 * width
+
+
+def trained_flops(run):
+    """Return forward + backward operations of one warm epoch (backward: twice the forward).
+
+    Blocks that train cost three forwards; a frozen prefix costs nothing when it is cached.
+    """
+    total = 0
+    views = baseline.epoch_views(run.parts["train"], run.args, run.seed, 1)
+    image, text = run.scorer.towers["image"], run.scorer.towers["text"]
+    visual = image.module
+    tokens = visual.positional_embedding.shape[0]
+    for view in views:
+        unique = np.unique(run.table.prompt_id[view.rows])
+        length = run.texts.cut(torch.from_numpy(unique))
+        for tower, count, n, width in (
+                (image, len(view.rows), tokens, visual.transformer.width),
+                (text, len(unique), length, text.module.transformer.width)):
+            if tower.frozen == "all":
+                continue
+            first = tower.frozen or 0
+            own = sum(block_flops(n, width, one_token=i == tower.depth - 1)
+                      for i in range(first, tower.depth))
+            total += 3 * count * own
+    return total
+
+
+def gemm_rate(precision, seconds=0.5):
+    """Return the best measured operations per second of a matrix product at a precision."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    best = 0.0
+    for m, k, n in ((1600, 768, 3072), (1600, 3072, 768), (2048, 1024, 4096), (4096, 1024, 1024)):
+        a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
+        a @ b
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            began = time.perf_counter()
+            a @ b
+            best = max(best, 2 * m * k * n / (time.perf_counter() - began))
+    return best
+
+
+def timed(function):
+    """Return the seconds that a call takes."""
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def compare(options, case, csv, folder, rate):
+    """Time (a), (b), (c) of one case, interleaved, and print the row; returns the plain epoch."""
+    run = set_up(options, case, csv, folder)
+    plain, limit = PlainLoop(run, options), Limit(run)
+    epochs = iter(range(1, 10_000))
+
+    def ours():
+        baseline.train_one_epoch(run, next(epochs))
+
+    ours(), limit.epoch()  # warm up: thread pools, allocators
+    seconds = {"a": [], "b": [], "c": []}
+    quick = 5 if case == "freeze_clip" else 1  # millisecond epochs need more repetitions
+    for _ in range(options.rounds):
+        seconds["b"].append(timed(plain.epoch))
+        for _ in range(quick):
+            seconds["a"].append(timed(ours))
+            seconds["c"].append(timed(limit.epoch))
+    a, b, c = (statistics.median(seconds[name]) for name in "abc")
+    images = len(run.parts["train"])
+    used = trained_flops(run) / rate / a
+    print(f"| {case} | {images} | {b:.2f} | {a:.3f} | {c:.3f} | {images / a:.0f} | {b / a:.1f} | "
+          f"{a / c:.2f} | {used:.2f} |", flush=True)
+    return b
+
+
+def memory_mb():
+    """Return (anonymous, file-backed) resident megabytes of this process."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
+
+
+def whole_commands(options, csv, folder, plain_epoch):
+    """Time `--freeze_clip --epochs 10` as whole commands, cold and again, start-up included."""
+    script = str(Path(baseline.__file__))
+    command = [sys.executable, script, *flags(options, "freeze_clip", csv, folder),
+               "--epochs", "10", "--cache_dir", str(Path(folder, "whole_cache"))]
+    cold, again = (timed(lambda: subprocess.run(command, check=True, capture_output=True))
+                   for _ in range(2))
+    print(f"\nten epochs of the plain loop {10 * plain_epoch:.0f} s; --freeze_clip --epochs 10 cold "
+          f"{cold:.1f} s ({10 * plain_epoch / cold:.1f}x), again {again:.1f} s "
+          f"({10 * plain_epoch / again:.1f}x)")
+
+
+def growth(options, counts, folder):
+    """Print seconds and memory of a warm partial-freeze epoch as the number of images grows.
+
+    Each count is a process of its own, so that memory is that run's.
+    """
+    print("\n| images | warm epoch s | cache MB | anonymous MB | file-backed MB | peak MB |\n"
+          "| --- | --- | --- | --- | --- | --- |")
+    for count in counts:
+        csv = write_subset(options, count, folder)
+        for _ in range(2):  # the first process fills the cache, the second one is measured
+            code = ("import sys, json; sys.path.insert(0, sys.argv[1]); import speed; "
+                    "speed.measure_growth(json.loads(sys.argv[2]))")
+            request = {**vars(options), "csv": str(csv), "folder": str(folder)}
+            result = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent),
+                                     json.dumps(request)], check=True, capture_output=True,
+                                    text=True)
+        print(f"| {count} | " + result.stdout.splitlines()[-1], flush=True)
+
+
+def measure_growth(request):
+    """Print one row of the growth table (runs in its own process)."""
+    options = argparse.Namespace(**request)
+    run = set_up(options, "partial_freeze", options.csv, options.folder)
+    baseline.train_one_epoch(run, 1)
+    seconds = timed(lambda: baseline.train_one_epoch(run, 2))
+    anonymous, mapped = memory_mb()
+    size = run.images.features.array.nbytes / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{seconds:.2f} | {size:.0f} | {anonymous:.0f} | {mapped:.0f} | {peak:.0f} |")
+
+
+def main():
+    """Print the tables."""
+    options = parse_args()
+    rate = gemm_rate(options.precision)
+    print(f"{options.clip_model}, {options.precision}, batch {options.batch_size}, "
+          f"{torch.get_num_threads()} threads, best matrix product {rate / 1e9:.0f} GFLOP/s\n")
+    print("| case | images | plain b, s | warm a, s | limit c, s | images/s | b : a | a : c | "
+          "of the GEMM rate |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        csv = write_subset(options, options.images, folder)
+        plain = {case: compare(options, case, csv, folder, rate) for case in options.cases}
+        if options.whole:
+            whole_commands(options, csv, folder, plain["freeze_clip"])
+        if options.growth:
+            growth(options, options.growth, folder)
+
+
+if __name__ == "__main__":
+    main()
