@@ -23,7 +23,7 @@ PROMPTS = ["a red house", "two dogs, playing", "the sea at night", "一只猫在
 PER_PROMPT = 4
 COLUMNS = ["name", "prompt", "mos_quality", "mos_align", "explanation"]
 VISION = {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 16}
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3}
 EMBED_DIM = 24
 
 
