@@ -26,9 +26,11 @@ import math
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -294,6 +296,8 @@ def build_parser():
 
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", default="outputs", help="where everything is written")
+    g.add_argument("--save_every_steps", type=whole, default=0,
+                   help="also save baseline_last.pt every so many updates; 0: each epoch")
     g.add_argument("--log_csv", default="training_log.csv", help="log, inside output_dir")
     g.add_argument("--resume_from", help="baseline_last.pt or baseline_best.pt to go on from")
     return parser
@@ -551,16 +555,18 @@ def load_image(path):
 class ImageBatches(torch.utils.data.Dataset):
     """Decode and preprocess batches of images with open_clip's own transform, up to uint8.
 
-    paths: N files; rows: their CSV rows; config: open_clip PreprocessCfg as a dict.
-    An item is asked for by an array of B row numbers and is a (B, 3, H, W) uint8 tensor, or the
-    UserError that names a bad file (workers would wrap it in a traceback if it were raised).
+    paths: N files; config: open_clip PreprocessCfg as a dict. An item is asked for by an array of
+    B row numbers and is (images, errors): (B, 3, H, W) uint8, black where unreadable, and
+    {row number: reason} (an error that a worker raises would reach the user as a traceback).
     """
 
-    def __init__(self, paths, rows, config):
-        self.paths, self.rows = paths, rows
+    def __init__(self, paths, config):
+        self.paths = paths
         transform = clip_transform.image_transform_v2(
             clip_transform.PreprocessCfg(**config), is_train=False)
         self.transforms = transform.transforms[:-2]  # to tensor and normalisation come later
+        size = config["size"]
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
 
     def view(self, index):
         """Return the preprocessed original view of one image as (3, H, W) uint8."""
@@ -570,15 +576,13 @@ class ImageBatches(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def __getitem__(self, indices):
-        views = []
-        for index in indices:
+        images, errors = torch.zeros(len(indices), 3, *self.size, dtype=torch.uint8), {}
+        for place, index in enumerate(indices):
             try:
-                views.append(self.view(index))
+                images[place] = self.view(index)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                return UserError(f"Every image must be readable, but {self.paths[index]} (CSV row "
-                                 f"{self.rows[index]}) is not ({error}): replace the file or "
-                                 f"remove the row.")
-        return torch.stack(views)
+                errors[int(index)] = str(error) or type(error).__name__
+        return images, errors
 
 
 def tokenize(tokenizer, texts, what):
@@ -1644,11 +1648,17 @@ class LiveImages:
         return len(self.batches)
 
     def stream(self, batches):
-        """Yield one (B, 3, H, W) uint8 tensor per array of row numbers; raise on a bad file."""
+        """Yield (images, errors) of ImageBatches for each array of row numbers."""
         self.batches = list(batches)
-        for images in self.loader:
-            if isinstance(images, UserError):
-                raise images
+        yield from self.loader
+
+    def strict(self, batches, csv_rows):
+        """Yield the images alone; raise UserError at an unreadable one, csv_rows: its CSV row."""
+        for images, errors in self.stream(batches):
+            for index, reason in errors.items():
+                raise UserError(f"Every image must be readable, but "
+                                f"{self.loader.dataset.paths[index]} (CSV row {csv_rows[index]}) "
+                                f"is not ({reason}): replace the file or remove the row.")
             yield images
 
 
@@ -1711,9 +1721,8 @@ class ImageInputs:
     def __init__(self, scorer, table, identity, args, device):
         self.scorer, self.args, self.device = scorer, args, device
         self.tower = scorer.towers["image"]
-        self.dataset = ImageBatches(table.paths, table.frame["row"].to_numpy(),
-                                    identity["preprocess"])
-        self.live = LiveImages(self.dataset, args, device)
+        self.csv_rows = table.frame["row"].to_numpy()
+        self.live = LiveImages(ImageBatches(table.paths, identity["preprocess"]), args, device)
         self.count = len(table.paths)
         self.features = self.cached_pixels = None
         if args.cache == "off":
@@ -1755,7 +1764,8 @@ class ImageInputs:
     def all_images(self, what, to_device=True):
         """Yield the decoded uint8 images of all rows in order, with a progress bar."""
         batches = [view.rows for view in plain_views(np.arange(self.count), 32)]
-        for images in progress(self.live.stream(batches), what, len(batches)):
+        for images in progress(self.live.strict(batches, self.csv_rows), what,
+                               len(batches)):
             yield images.to(self.device, non_blocking=True) if to_device else images
 
     def boundary(self, images):
@@ -1777,7 +1787,7 @@ class ImageInputs:
         if self.cached_pixels is not None:
             raw = prefetch(lambda v: self.pinned(self.cached_pixels.fetch(v.rows)), views)
         else:
-            raw = self.live.stream([view.rows for view in views])
+            raw = self.live.strict([view.rows for view in views], self.csv_rows)
         for view, images in zip(views, raw):
             images = flipped(images.to(self.device, non_blocking=True),
                              torch.from_numpy(view.flip))
@@ -1909,6 +1919,43 @@ PREDICTIONS = ("q", "c", "q_base", "c_base", "q_delta", "c_delta")
 FINITE_CHECK = 50  # updates between checks of the loss; each check waits for the device
 
 
+class Interrupted(Exception):
+    """A signal ended the training after a checkpoint was saved; args: its number."""
+
+
+class Stop:
+    """Remember the first SIGINT or SIGTERM, so that training ends at a good place.
+
+    The second one stops at once.
+    """
+
+    def __init__(self):
+        self.signal = None
+
+    def handle(self, number, frame):
+        """Note a signal (see signal.signal)."""
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    def install(self):
+        """Catch both signals from now on, where this thread may."""
+        self.signal = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.handle)
+
+    def leave(self, run):
+        """Raise Interrupted if a signal was noted; the caller has just saved a checkpoint."""
+        if self.signal is not None:
+            write_log(run)
+            raise Interrupted(self.signal)
+
+
+STOP = Stop()
+
+
 @dataclass
 class Run:
     """Everything that one training run needs; see set_up.
@@ -1960,6 +2007,8 @@ def check_finite(run, seen):
 
     seen: list of (View, scalar loss tensor) since the last check; emptied.
     """
+    if not seen:
+        return
     finite = torch.isfinite(torch.stack([loss for _, loss in seen])).tolist()
     for (view, _), good in zip(seen, finite):
         if not good:
@@ -1975,19 +2024,20 @@ def train_one_epoch(run, epoch):
     """Train for one epoch; returns {"train_loss", "train_loss_q", .., running "train_srocc_q", ..}.
 
     Accumulation weights each image by 1 / (images of its window), so that a window gives exactly
-    the gradient of one big batch, also where the last window is shorter.
+    the gradient of one big batch, also where the last window is shorter. An epoch that was
+    interrupted goes on after its last update (run.state["partial"]).
     """
-    args, optimizer, device = run.args, run.optimizer, run.device
+    args, accumulate = run.args, run.args.grad_accum_steps
     views = epoch_views(run.parts["train"], args, run.seed, epoch)
-    accumulate = args.grad_accum_steps
     updates = -(-len(views) // accumulate)
-    update = (epoch - 1) * updates
-    sums = {name: torch.zeros((), device=device) for name in ("q", "c", "exp")}
-    outputs, seen = [], []
+    partial = run.state.pop("partial", None) or {"update": 0, "sums": {}, "outputs": []}
+    done, sums, outputs = partial["update"], partial["sums"], partial["outputs"]
+    seen = []
     run.scorer.train()
-    optimizer.zero_grad(set_to_none=True)
-    bar = progress(zip(views, run.images.stream(views)), f"epoch {epoch}", len(views))
-    for step, (view, x) in enumerate(bar):
+    run.optimizer.zero_grad(set_to_none=True)
+    rest = list(enumerate(views))[done * accumulate:]
+    stream = zip(rest, run.images.stream([view for _, view in rest]))
+    for (step, view), x in progress(stream, f"epoch {epoch}", len(rest)):
         # Dropout depends on seed and step alone: a resumed run draws what the first would have.
         torch.manual_seed((run.seed * 100_003 + epoch) * 1_000_003 + step)
         first = step - step % accumulate
@@ -1996,14 +2046,22 @@ def train_one_epoch(run, epoch):
         parts, total = losses(out, add_targets(run, view, window), args)
         run.scaler.scale(total).backward()
         for name, value in parts.items():
-            sums[name] += value.detach()
+            sums[name] = sums.get(name, 0) + value.detach()
         outputs.append(torch.stack([out["q"], out["c"]]).detach())
         seen.append((view, total.detach()))
-        if (step + 1) % accumulate == 0 or step + 1 == len(views):
-            apply_update(run, lr_factor(update, updates, args))
-            update += 1
-            if update % FINITE_CHECK == 0 or step + 1 == len(views):
-                check_finite(run, seen)
+        if (step + 1) % accumulate and step + 1 < len(views):
+            continue
+        apply_update(run, lr_factor((epoch - 1) * updates + done, updates, args))
+        done += 1
+        if done % FINITE_CHECK == 0 or done == updates:
+            check_finite(run, seen)
+        keep = args.save_every_steps and done % args.save_every_steps == 0
+        if (keep or STOP.signal) and done < updates:
+            check_finite(run, seen)
+            run.state["partial"] = {"update": done, "sums": sums, "outputs": outputs}
+            save_checkpoint(run, "baseline_last.pt")
+            STOP.leave(run)
+    run.state.pop("partial", None)
     return epoch_summary(run, views, sums, torch.cat(outputs, dim=1))
 
 
@@ -2026,7 +2084,7 @@ def epoch_summary(run, views, sums, outputs):
     count = len(rows)
     with_teacher = int((run.table.explanation_id[rows] >= 0).sum())
     loss_q, loss_c = (float(sums[name]) / count for name in TARGETS)
-    loss_exp = float(sums["exp"]) / max(1, with_teacher)
+    loss_exp = float(sums.get("exp", 0)) / max(1, with_teacher)
     total = args.w_q * loss_q + args.w_c * loss_c
     total += args.w_exp * loss_exp if run.teacher is not None else 0
     pred = dict(zip(TARGETS, outputs.float().cpu().numpy()))
@@ -2092,6 +2150,8 @@ def fit(run):
             save_checkpoint(run, "baseline_best.pt")
         save_checkpoint(run, "baseline_last.pt")
         write_log(run)
+        if epoch < args.epochs:
+            STOP.leave(run)
     if stopped_early(args, state):
         print(f"early stopping: no gain of {args.early_stopping_min_delta:g} in "
               f"{state['waited']} epochs")
@@ -2151,7 +2211,7 @@ LOG_COLUMNS = (["epoch", "train_loss", "train_loss_q", "train_loss_c", "train_lo
 # Flags that may differ from a checkpoint's when a run is resumed: they do not change the result.
 FREE_FLAGS = {"output_dir", "log_csv", "resume_from", "num_workers", "pin_memory", "cache",
               "cache_dir", "cache_max_gb", "preset", "demo", "data_csv_path", "image_base_dir",
-              "no_amp", "repeats", "compile"}
+              "no_amp", "repeats", "compile", "save_every_steps"}
 
 
 @contextlib.contextmanager
@@ -2252,6 +2312,9 @@ def resume(run, content, path):
     run.optimizer.load_state_dict(content["optimizer"])
     run.scaler.load_state_dict(content["scaler"])
     run.state.update(content["progress"])
+    partial = run.state.get("partial")
+    if partial:
+        partial["outputs"] = [part.to(run.device) for part in partial["outputs"]]
     print(f"resumed {path} after epoch {run.state['epoch']}")
 
 
@@ -2679,14 +2742,29 @@ def train(args):
 
 
 def main(argv=None):
-    """Run the command line; returns the summary. Errors of the user end with status 2."""
+    """Run the command line; returns the summary.
+
+    Errors of the user end with status 2; SIGINT and SIGTERM with 130 and 143, after saving.
+    """
     args = parse_args(argv)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    STOP.install()
     try:
         summary = train(args)
     except UserError as error:
         sys.stdout.flush()
         print(f"baseline.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except Interrupted as stopped:
+        print(f"stopped; go on with: python baseline.py --resume_from "
+              f"{Path(args.output_dir, 'baseline_last.pt')}")
+        raise SystemExit(128 + stopped.args[0]) from stopped
+    except KeyboardInterrupt as stopped:
+        raise SystemExit(128 + (STOP.signal or signal.SIGINT)) from stopped
+    finally:
+        for number, handler in handlers.items():
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(number, handler)
     print(json.dumps(finite_json(summary)))
     return summary
 
