@@ -5,6 +5,7 @@
     python baseline.py --preset A                               heads only, minutes
     python baseline.py --repeats 5 --test_ratio 0.2 --preset A  numbers with a spread
     python baseline.py --resume_from outputs/baseline_last.pt   go on after a kill
+    python baseline.py --predict my_images --prompt "a cat"     score your own images
 
 CLIP's own score is kept as the base, and a small bounded residual is learned on top:
 
@@ -16,20 +17,24 @@ H x W pixels where it is plain.
 """
 
 import argparse
+import base64
 import contextlib
 import csv
 import difflib
 import hashlib
+import html
 import json
 import logging
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -92,7 +97,9 @@ DEMO = dict(data_csv_path=str(HERE / "data/demo/data.csv"),
 # Flags that only do something together with another one.
 DEPENDENT_FLAGS = {"freeze_layers": "partial_freeze", "refinement_layers": "use_refinement",
                    "refinement_heads": "use_refinement", "refinement_dim": "use_refinement",
-                   "w_exp": "use_explanations", "explanation_column": "use_explanations"}
+                   "w_exp": "use_explanations", "explanation_column": "use_explanations",
+                   "checkpoint": "predict", "prompt": "predict", "predictions_csv": "predict",
+                   "min_quality": "predict", "min_consistency": "predict"}
 
 
 class UserError(Exception):
@@ -300,6 +307,24 @@ def build_parser():
                    help="also save baseline_last.pt every so many updates; 0: each epoch")
     g.add_argument("--log_csv", default="training_log.csv", help="log, inside output_dir")
     g.add_argument("--resume_from", help="baseline_last.pt or baseline_best.pt to go on from")
+    g.add_argument("--no_plots", action="store_true", help="write no pictures and no report.html")
+    g.add_argument("--tensorboard", action="store_true",
+                   help="also write scalars and pictures for TensorBoard")
+
+    g = parser.add_argument_group("scoring")
+    g.add_argument("--predict", metavar="TARGET",
+                   help="score a CSV (name, prompt), a folder of images or one image, "
+                        "instead of training")
+    g.add_argument("--checkpoint", default="outputs/baseline_best.pt",
+                   help="what --predict scores with")
+    g.add_argument("--prompt", help="the prompt of every image of --predict; a folder's images "
+                                    "may have their own in a .txt file of the same name")
+    g.add_argument("--predictions_csv", default="predictions.csv",
+                   help="where --predict writes; - for standard output")
+    g.add_argument("--min_quality", type=float,
+                   help="add a column `keep`: quality on the MOS scale at least this")
+    g.add_argument("--min_consistency", type=float,
+                   help="the same for consistency; with both, both must hold")
     return parser
 
 
@@ -2211,7 +2236,9 @@ LOG_COLUMNS = (["epoch", "train_loss", "train_loss_q", "train_loss_c", "train_lo
 # Flags that may differ from a checkpoint's when a run is resumed: they do not change the result.
 FREE_FLAGS = {"output_dir", "log_csv", "resume_from", "num_workers", "pin_memory", "cache",
               "cache_dir", "cache_max_gb", "preset", "demo", "data_csv_path", "image_base_dir",
-              "no_amp", "repeats", "compile", "save_every_steps"}
+              "no_amp", "repeats", "compile", "save_every_steps", "no_plots", "tensorboard",
+              "predict", "checkpoint", "prompt", "predictions_csv", "min_quality",
+              "min_consistency"}
 
 
 @contextlib.contextmanager
@@ -2399,7 +2426,10 @@ def judge(run, part):
 
 
 def finish(run, seconds):
-    """Evaluate the best checkpoint on every part, write predictions and return the summary."""
+    """Evaluate the best checkpoint on every part and write predictions.
+
+    Returns (predictions of the judged part, summary).
+    """
     args = run.args
     content = load_checkpoint(Path(args.output_dir, "baseline_best.pt"))
     load_trained_state(run.scorer, content["state"], "baseline_best.pt")
@@ -2409,6 +2439,11 @@ def finish(run, seconds):
     for part in judged:
         pred, summary[part] = judge(run, part)
         write_predictions(run, part, pred)
+    for target in TARGETS:
+        size = np.abs(pred[f"{target}_delta"])
+        if not args.no_residual_learning:
+            summary[f"saturated_{target}"] = float((size > SATURATED).mean())
+            summary[f"largest_delta_{target}"] = float(size.max())
     summary["train"] = evaluate_part(run, "train")[1]
     summary["train"].pop("loss")
     summary["floors"] = floor_metrics(run, "val")
@@ -2420,7 +2455,22 @@ def finish(run, seconds):
         summary[f"tier_{target}"] = tier(target, summary["val"][f"srocc_{target}"], gap)
     summary.update(seed=run.seed, split=split_hash(run.table, run.parts, args),
                    seconds=seconds, output_dir=args.output_dir)
-    write_json(Path(args.output_dir, "result.json"), summary)
+    return pred, summary
+
+
+def conclude(run, seconds):
+    """Finish a run: table, advice, pictures, result.json; returns the summary."""
+    pred, summary = finish(run, seconds)
+    print_summary(summary)
+    depth, count = run.scorer.towers["image"].depth, len(run.parts["train"])
+    found = training_advice(run.args, run.state["log"], summary, depth)
+    print_advice(run.args, found)
+    if not run.args.no_plots:
+        write_report(run, pred, summary,
+                     found + settings_advice(run.args, count, depth))
+    if run.args.tensorboard:
+        write_tensorboard(run, summary)
+    write_json(Path(run.args.output_dir, "result.json"), summary)
     return summary
 
 
@@ -2430,7 +2480,7 @@ ROW_TITLES = {"zero_shot": "zero-shot", "linear_probe": "linear probe",
 
 def print_summary(summary):
     """Print the final table of one run: floors and this run, then gap and tier."""
-    part = "test" if "test" in summary else "val"
+    part = judged_part(summary)
     floors = summary["floors_test" if part == "test" else "floors"]
     print(f"\n{part}, best epoch {summary['best_epoch']:<8} {'SROCC_Q':>9}{'PLCC_Q':>9}"
           f"{'SROCC_C':>9}{'PLCC_C':>9}   95 % interval of SROCC")
@@ -2451,7 +2501,8 @@ def print_summary(summary):
 def run_files(args):
     """Return the names of what one run writes into its output_dir."""
     return ["baseline_best.pt", "baseline_last.pt", "config.json", "result.json",
-            "val_predictions.csv", "test_predictions.csv", Path(args.log_csv).name]
+            "val_predictions.csv", "test_predictions.csv", "curves.png", "scatter.png",
+            "worst.png", "report.html", "tensorboard", Path(args.log_csv).name]
 
 
 def archive_old_run(args):
@@ -2475,13 +2526,20 @@ def archive_old_run(args):
 
 
 def changed_flags(args):
-    """Return the command-line flags by which a run differs from the defaults."""
+    """Return the command-line flags by which a run differs from the defaults, quoted."""
     defaults = vars(build_parser().parse_args([]))
-    skip = {"explicit", "output_dir", "cache_dir", "preset", "resume_from"}
+    skip = {"explicit", "cache_dir", "preset", "resume_from", "no_amp", "no_pin_memory"}
+    if args.demo:
+        skip |= {"data_csv_path", "image_base_dir", "clip_model"}
     words = []
     for key, value in sorted(vars(args).items()):
-        if key not in skip and value != defaults.get(key):
-            words.append(f"--{key}" if value is True else f"--{key} {value}")
+        if key in skip or value == defaults.get(key) or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{key}" if value else f"--no_{key}")
+        else:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            words.append(f"--{key} {shlex.quote(text)}")
     return " ".join(words)
 
 
@@ -2508,6 +2566,308 @@ def append_run(args, summary):
     line = pd.DataFrame([row], columns=list(RUN_COLUMNS)).to_csv(index=False, header=new)
     with open(path, "a", encoding="utf-8", newline="") as handle:
         handle.write(line)
+
+
+# --- advice ---------------------------------------------------------------------------------
+
+# The card's rules of thumb: learning rate by freezing, residual scale by number of images.
+LR_RANGES = {"frozen": (1e-3, 5e-3), "partial": (3e-5, 1e-4), "full": (1e-5, 3e-5)}
+SCALE_BY_IMAGES = ((500, 0.1, 0.1), (3000, 0.2, 0.2), (10_000, 0.3, 0.3), (math.inf, 0.4, 0.5))
+SATURATED, UNUSED = 0.95, 0.05  # |tanh(delta)| above / below this: at its bound / not needed
+
+
+@dataclass
+class Advice:
+    """One finding. what: the diagnosis; evidence: its numbers; changes: {flag: new value}."""
+
+    what: str
+    evidence: str
+    changes: dict
+
+
+def freezing(args):
+    """Return "frozen", "partial" or "full"."""
+    return "frozen" if args.freeze_clip else "partial" if args.partial_freeze else "full"
+
+
+def settings_advice(args, train_images, depth):
+    """Apply the rules that need no training. depth: of the image tower, None if unknown.
+
+    The demo's tiny CLIP and few images are outside these rules, so it gets none.
+    """
+    found, mode = [], freezing(args)
+    if args.demo:
+        return found
+    low, high = LR_RANGES[mode]
+    if not low * 0.999 <= args.lr <= high * 1.001:
+        found.append(Advice("learning rate outside the usual range", f"lr {args.lr:g}, but a "
+                            f"{mode} CLIP usually wants {low:g} to {high:g}",
+                            {"lr": min(max(args.lr, low), high)}))
+    low, high = next((a, b) for limit, a, b in SCALE_BY_IMAGES if train_images < limit)
+    scales = (args.residual_scale_q, args.residual_scale_c)
+    if not args.no_residual_learning and not low / 2 <= min(scales) <= max(scales) <= 2 * high:
+        found.append(Advice("residual scale unusual for this many images",
+                            f"scales {scales[0]:g} and {scales[1]:g}, but {train_images} training "
+                            f"images usually want {low:g}",
+                            {"residual_scale_q": low, "residual_scale_c": low}))
+    if mode == "partial" and depth and not depth / 2 <= args.freeze_layers <= depth * 11 / 12:
+        found.append(Advice("freeze_layers unusual for this tower", f"{args.freeze_layers} of "
+                            f"{depth} blocks are frozen; two thirds to five sixths are usual",
+                            {"freeze_layers": round(depth * 3 / 4)}))
+    return found
+
+
+def less_capacity(args, depth):
+    """Return the card's changes against overfitting, for this run's freezing."""
+    changes = {"dropout": max(0.2, args.dropout), "weight_decay": max(5e-4, args.weight_decay)}
+    if not args.no_residual_learning:
+        changes.update(residual_scale_q=min(0.15, args.residual_scale_q),
+                       residual_scale_c=min(0.15, args.residual_scale_c))
+    if args.freeze_clip:
+        changes["epochs"] = max(1, args.epochs // 2)
+    elif depth:
+        changes.update(lr=min(1e-5, args.lr) if not args.demo else args.lr / 3,
+                       partial_freeze=True, freeze_layers=max(1, round(depth * 20 / 24)))
+    return changes
+
+
+def more_capacity(args, depth):
+    """Return the card's changes against underfitting, for this run's freezing."""
+    changes = {"dropout": 0.05, "weight_decay": 1e-5,
+               "lr": max(5e-5, args.lr) if not args.freeze_clip else min(5e-3, args.lr * 2)}
+    if not args.no_residual_learning:
+        changes.update(residual_scale_q=0.3, residual_scale_c=0.3)
+    if args.partial_freeze and depth:
+        changes["freeze_layers"] = round(depth * 16 / 24)
+    return changes
+
+
+def training_advice(args, log, summary, depth):
+    """Diagnose a finished run from its log rows and summary; returns a list of Advice."""
+    found = []
+    gaps = {t: summary[f"gap_{t}"] for t in TARGETS}
+    needs_work = {t: summary[f"tier_{t}"] == "needs work" for t in TARGETS}
+    best, last = summary["best_epoch"], log[-1]
+    fitted = max(last[f"train_srocc_{t}"] - last[f"val_srocc_{t}"] for t in TARGETS)
+    if max(gaps.values()) > 0.05 or (fitted > 0.1 and best < last["epoch"] / 2):
+        found.append(Advice("overfitting", f"Train-Val Gap Q {gaps['q']:+.3f}, C {gaps['c']:+.3f} "
+                            f"(above 0.05 needs work); best epoch {best} of {last['epoch']}",
+                            less_capacity(args, depth)))
+    elif all(needs_work.values()) and max(gaps.values()) < 0.02 and best == last["epoch"]:
+        found.append(Advice("underfitting", f"validation SROCC Q {last['val_srocc_q']:.3f}, C "
+                            f"{last['val_srocc_c']:.3f} still rise in the last epoch, Train-Val "
+                            f"Gap at most {max(gaps.values()):+.3f}", more_capacity(args, depth)))
+    rises = [(b["epoch"], b["train_loss"] / a["train_loss"]) for a, b in zip(log, log[1:])
+             if b["train_loss"] > 1.2 * a["train_loss"]]
+    if rises:
+        epoch, factor = max(rises, key=lambda rise: rise[1])
+        found.append(Advice("unstable loss", f"training loss rose {factor:.1f}-fold in epoch "
+                            f"{epoch}", {"warmup_ratio": 0.1, "max_grad_norm": 0.5,
+                                         "lr": args.lr / 3, "batch_size": 16}))
+    for t, other, name, changes in (
+            ("c", "q", "SROCC_C", {"w_q": 0.3, "w_c": 0.7, "residual_scale_c": 0.3}),
+            ("q", "c", "SROCC_Q", {"w_q": 0.7, "w_c": 0.3, "residual_scale_q": 0.3})):
+        if needs_work[t] and not needs_work[other]:
+            found.append(Advice(f"low {name} only", f"validation SROCC Q "
+                                f"{summary['val']['srocc_q']:.3f} ({summary['tier_q']}), C "
+                                f"{summary['val']['srocc_c']:.3f} ({summary['tier_c']})", changes))
+    return found + residual_advice(args, summary)
+
+
+def residual_advice(args, summary):
+    """Say where a residual sits at its bound or does nothing."""
+    found = []
+    for t, name in (("q", "quality"), ("c", "consistency")):
+        share = summary.get(f"saturated_{t}", 0.0)
+        scale = getattr(args, f"residual_scale_{t}")
+        if share > 0.05:
+            found.append(Advice(f"{name} residual saturated", f"{share:.0%} of |delta| are above "
+                                f"{SATURATED:g} of its bound {scale:g}",
+                                {f"residual_scale_{t}": round(min(0.5, scale * 1.5), 3)}))
+        if summary["best_epoch"] and summary.get(f"largest_delta_{t}", 1.0) < UNUSED:
+            found.append(Advice(f"{name} residual unused", f"the largest |delta| is "
+                                f"{summary[f'largest_delta_{t}']:.3f} of its bound",
+                                {"head_lr": head_lr(args) * 3}))
+    return found
+
+
+def next_command(args, advice):
+    """Return the complete command that differs from this run in the advised flags only."""
+    changed = argparse.Namespace(**{**vars(args), **advice.changes})
+    if "partial_freeze" in advice.changes:
+        changed.freeze_clip = False
+    return f"python baseline.py {changed_flags(changed)}".rstrip()
+
+
+def print_advice(args, found):
+    """Print each finding with its evidence and the next command; nothing if there is none."""
+    for advice in found:
+        print(f"\n{advice.what}: {advice.evidence}; try\n  {next_command(args, advice)}")
+
+
+# --- pictures and report --------------------------------------------------------------------
+
+COLOURS = {"q": "#0072B2", "c": "#D55E00", "grey": "#666666"}  # Okabe and Ito: colour-blind-safe
+TITLES = {"q": "quality", "c": "consistency"}
+
+
+def pyplot():
+    """Return matplotlib.pyplot, without a display; Chinese shows if any CJK font is installed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import font_manager, pyplot as plt
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    cjk = [name for name in ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC",
+                             "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei",
+                             "Microsoft YaHei", "PingFang SC") if name in installed]
+    plt.rcParams["font.family"] = ["DejaVu Sans", *cjk]
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    return plt
+
+
+def save_figure(figure, path):
+    """Write a figure as PNG, atomically, and close it."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    pyplot().close(figure)
+
+
+def draw_curves(log, summary, path):
+    """Draw losses and both SROCCs per epoch, with the best epoch and the floors."""
+    epochs = [row["epoch"] for row in log]
+    figure, axes = pyplot().subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    for part, style in (("train", "--"), ("val", "-")):
+        axes[0].plot(epochs, [row[f"{part}_loss"] for row in log], style, marker=".",
+                     color=COLOURS["grey"], label="validation" if part == "val" else "train")
+    axes[0].set(title="loss", xlabel="epoch", ylabel="weighted squared error on [0, 1] scale")
+    for axis, target in zip(axes[1:], TARGETS):
+        for part, style in (("train", "--"), ("val", "-")):
+            axis.plot(epochs, [row[f"{part}_srocc_{target}"] for row in log], style, marker=".",
+                      color=COLOURS[target],
+                      label="validation" if part == "val" else "train (running)")
+        for floor, line in (("linear_probe", ":"), ("zero_shot", "-.")):
+            value = summary["floors"][floor][f"srocc_{target}"]
+            if target == "c" or floor == "linear_probe":
+                axis.axhline(value, linestyle=line, color=COLOURS["grey"],
+                             label=f"{ROW_TITLES[floor]} {value:.3f}")
+        axis.set(title=f"SROCC, {TITLES[target]}", xlabel="epoch", ylabel="SROCC")
+    for axis in axes:
+        axis.axvline(summary["best_epoch"], color="black", linewidth=0.8, alpha=0.5,
+                     label=f"best epoch {summary['best_epoch']}")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_scatter(pred, mos, scales, values, part, path):
+    """Draw predicted against human MOS of both targets, on the MOS scale."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 4.8), layout="constrained")
+    for axis, target in zip(axes, TARGETS):
+        scale = scales[target]
+        axis.scatter(mos[target] * scale, np.clip(pred[target], 0, 1) * scale, s=12, alpha=0.5,
+                     color=COLOURS[target], edgecolors="none")
+        axis.plot([0, scale], [0, scale], color="black", linewidth=0.8, label="identity")
+        axis.set(title=f"{TITLES[target]} ({part}): SROCC {values[f'srocc_{target}']:.3f}, "
+                       f"PLCC {values[f'plcc_{target}']:.3f}",
+                 xlabel=f"human MOS (0 to {scale:g})", ylabel=f"predicted MOS (0 to {scale:g})",
+                 xlim=(0, scale), ylim=(0, scale), aspect="equal")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, loc="upper left")
+    save_figure(figure, path)
+
+
+def draw_worst(run, pred, rows, path, count=6):
+    """Draw a contact sheet of the images that each target gets most wrong."""
+    table, mos = run.table, human(run.table, rows)
+    count = min(count, len(rows))
+    figure, axes = pyplot().subplots(2, count, figsize=(2.5 * count, 7.4), squeeze=False,
+                                     layout="constrained")
+    for line, target in zip(axes, TARGETS):
+        error = pred[target] - mos[target]
+        scale = table.scales[target]
+        for axis, i in zip(line, np.argsort(-np.abs(error))[:count]):
+            image = load_image(table.paths[rows[i]])
+            image.thumbnail((256, 256))
+            axis.imshow(image)
+            prompt = "\n".join(textwrap.wrap(table.prompts[table.prompt_id[rows[i]]], 26)[:3])
+            axis.set_title(f"{TITLES[target]}: human {mos[target][i] * scale:.2f}, predicted "
+                           f"{np.clip(pred[target][i], 0, 1) * scale:.2f}", fontsize=7)
+            axis.set_xlabel(prompt.replace("$", r"\$"), fontsize=8)
+            axis.set(xticks=[], yticks=[])
+    save_figure(figure, path)
+
+
+def write_report(run, pred, summary, found):
+    """Write curves.png, scatter.png, worst.png and the self-contained report.html."""
+    folder, part = Path(run.args.output_dir), judged_part(summary)
+    rows = run.parts[part]
+    mos = human(run.table, rows)
+    draw_curves(run.state["log"], summary, folder / "curves.png")
+    draw_scatter(pred, mos, run.table.scales, summary[part], part, folder / "scatter.png")
+    draw_worst(run, pred, rows, folder / "worst.png")
+    write_html(run, summary, found, folder / "report.html")
+
+
+def judged_part(summary):
+    """Return the part that a run is judged on: test where there is one, else validation."""
+    return "test" if "test" in summary else "val"
+
+
+def write_html(run, summary, found, path):
+    """Write one HTML page with settings, table, verdict and the pictures inside it."""
+    part, escape = judged_part(summary), html.escape
+    floors = summary["floors_test" if part == "test" else "floors"]
+    columns = ("srocc_q", "plcc_q", "srocc_c", "plcc_c")
+    lines = "".join(
+        f"<tr><th>{escape(ROW_TITLES.get(name, name))}</th>"
+        + "".join(f"<td>{values[m]:.4f}</td>" for m in columns) + "</tr>"
+        for name, values in [*floors.items(), ("this run", summary[part])])
+    verdict = "".join(f"<li>{TITLES[t]}: {summary[f'tier_{t}']}, Train-Val Gap "
+                      f"{summary[f'gap_{t}']:+.4f}, 95 % interval of SROCC "
+                      f"{summary[part][f'interval_{t}'][0]:.3f} to "
+                      f"{summary[part][f'interval_{t}'][1]:.3f}</li>" for t in TARGETS)
+    advice = "".join(f"<li><b>{escape(a.what)}</b>: {escape(a.evidence)}<pre>"
+                     f"{escape(next_command(run.args, a))}</pre></li>" for a in found)
+    pictures = "".join(
+        f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,'
+        f'{base64.b64encode((path.parent / name).read_bytes()).decode()}">'
+        for name, title in (("curves.png", "Training"), ("scatter.png", "Predicted and human MOS"),
+                            ("worst.png", "Most wrong")))
+    command = f"python baseline.py {changed_flags(run.args)}"
+    page = (f"<!doctype html><html lang='en'><meta charset='utf-8'><title>baseline.py report"
+            f"</title><style>{REPORT_STYLE}</style><h1>Quality and consistency on "
+            f"{len(run.parts[part])} {part} images</h1><pre>{escape(command)}</pre>"
+            f"<table><tr><th></th>{''.join(f'<th>{m.upper()}</th>' for m in columns)}</tr>{lines}"
+            f"</table><p>Best epoch {summary['best_epoch']} of {summary['epochs_run']}, split by "
+            f"{run.args.split_by}, seed {run.seed}.</p><h2>Verdict</h2><ul>{verdict}{advice}</ul>"
+            f"{pictures}</html>\n")
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+REPORT_STYLE = ("body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
+                "img{max-width:100%}table{border-collapse:collapse}td,th{padding:.25em .8em;"
+                "text-align:right;border-bottom:1px solid #ccc}pre{white-space:pre-wrap;"
+                "background:#f4f4f4;padding:.6em}")
+
+
+def write_tensorboard(run, summary):
+    """Write the log's scalars and the pictures for TensorBoard, if it is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("--tensorboard needs the package tensorboard: pip install tensorboard")
+        return
+    with SummaryWriter(str(Path(run.args.output_dir, "tensorboard"))) as writer:
+        for row in run.state["log"]:
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["epoch"])
+        for name in ("curves", "scatter", "worst"):
+            picture = Path(run.args.output_dir, f"{name}.png")
+            if picture.exists():
+                pixels = np.asarray(Image.open(picture).convert("RGB"))
+                writer.add_image(name, pixels, summary["epochs_run"], dataformats="HWC")
 
 
 # --- repeats --------------------------------------------------------------------------------
@@ -2611,6 +2971,165 @@ def nan_json(value):
     return math.nan if value is None else value
 
 
+# --- scoring --------------------------------------------------------------------------------
+
+SCORE_COLUMNS = ("quality", "consistency", "quality_base", "consistency_base", "error")
+
+
+def scoring_frame(args, saved):
+    """Return (DataFrame with the input columns, image paths, prompts) of --predict's target.
+
+    saved: the checkpoint's arguments, which name the columns. Prompts are "" where there is none.
+    """
+    target = Path(args.predict)
+    if target.suffix.lower() == ".csv":
+        frame = read_csv(target).drop(columns="row")
+        name, prompt = (getattr(args if f"{k}_column" in args.explicit else saved, f"{k}_column")
+                        for k in ("name", "prompt"))
+        if name not in frame:
+            raise UserError(f"{target} needs the column {name}, but has "
+                            f"{', '.join(frame.columns)}: rename it with --name_column.")
+        prompts = frame[prompt].tolist() if prompt in frame else [args.prompt or ""] * len(frame)
+        base = scoring_base(args, saved, target, frame[name])
+        bad = [n for n in frame[name] if "\0" in n or not inside(base.resolve(), n)]
+        if bad:
+            raise UserError(f"Names must stay inside {base}, but {bad[0]!r} does not: use names "
+                            f"relative to --image_base_dir.")
+        return frame, [base / n for n in frame[name]], prompts
+    if target.is_dir():
+        known = Image.registered_extensions()
+        paths = sorted(p for p in target.rglob("*") if p.suffix.lower() in known and p.is_file())
+        names = [p.relative_to(target).as_posix() for p in paths]
+    elif target.is_file():
+        paths, names = [target], [target.name]
+    else:
+        raise UserError(f"--predict needs a CSV, a folder or an image, but there is no {target}: "
+                        f"correct the path.")
+    if not paths:
+        raise UserError(f"{target} holds no images: give a folder with pictures in it.")
+    prompts = [side_prompt(path) or args.prompt or "" for path in paths]
+    return pd.DataFrame({"name": names, "prompt": prompts}), paths, prompts
+
+
+def scoring_base(args, saved, target, names):
+    """Return the folder that a CSV's names are relative to.
+
+    --image_base_dir if given, else the first of the CSV's folder, its images/ and the training
+    folder that has the first image.
+    """
+    if "image_base_dir" in args.explicit:
+        return Path(args.image_base_dir)
+    places = [target.parent, target.parent / "images", Path(saved.image_base_dir)]
+    return next((place for place in places if len(names) and (place / names.iloc[0]).is_file()),
+                places[-1])
+
+
+def side_prompt(path):
+    """Return the text of the .txt file beside an image, "" if there is none."""
+    text = path.with_suffix(".txt")
+    return text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
+
+
+def load_scorer(args):
+    """Return (scorer, tokenizer, identity, saved arguments, label scales) of --checkpoint."""
+    content = load_checkpoint(args.checkpoint)
+    saved = argparse.Namespace(**content["args"])
+    clip, tokenizer, identity = load_clip(saved, saved.seed)
+    if identity["weights"] != content["identity"]["weights"]:
+        raise UserError(f"{args.checkpoint} was trained from other weights than "
+                        f"{saved.clip_model} ({saved.pretrained}) has now: restore them.")
+    towers = {"image": image_tower(clip), "text": text_tower(clip)}
+    freeze_towers(clip, towers, saved)
+    scorer = CLIPScorer(clip, towers, identity["embed_dim"], identity["preprocess"], saved)
+    load_trained_state(scorer, content["state"], args.checkpoint)
+    return scorer.eval(), tokenizer, identity, saved, content["scales"]
+
+
+@torch.inference_mode()
+def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
+    """Score images with their prompts; returns ({"q", "c", "q_base", "c_base"} of (N,), errors).
+
+    errors: {row: reason}; those rows, and the consistency of rows without a prompt, are NaN.
+    """
+    unique, index = unique_texts(prompts)
+    texts = TextInputs(scorer, tokenize(tokenizer, unique, "prompts"), identity,
+                       argparse.Namespace(**{**vars(args), "cache": "off"}), device)
+    with autocast(args, device):
+        t = torch.cat([scorer.towers["text"].suffix(*texts.boundary(rows))
+                       for rows in torch.arange(len(unique)).split(64)])
+    live = LiveImages(ImageBatches(paths, identity["preprocess"]), args, device)
+    batches = np.array_split(np.arange(len(paths)), -(-len(paths) // args.batch_size))
+    keys, out, errors = PREDICTIONS[:4], [], {}
+    for rows, (images, bad) in progress(zip(batches, live.stream(batches)), "score", len(batches)):
+        with autocast(args, device):
+            image = scorer.towers["image"].prefix(scorer.pixels(images.to(device)))
+            f = scorer.towers["image"].suffix(image)
+        scores = scorer.score(f, t[torch.from_numpy(index[rows]).to(device)])
+        out.append(torch.stack([scores[key] for key in keys]).float().cpu())
+        errors.update(bad)
+    scores = dict(zip(keys, torch.cat(out, dim=1).numpy()))
+    without = np.array([not prompt.strip() for prompt in prompts])
+    for key in keys:
+        scores[key][list(errors)] = np.nan
+        scores[key][without & (key[0] == "c")] = np.nan
+    return scores, errors
+
+
+def predict(args):
+    """Score --predict's target with --checkpoint and write --predictions_csv; returns the status.
+
+    0, or 1 where an image could not be read (the others are scored all the same).
+    """
+    out = sys.stderr if args.predictions_csv == "-" else sys.stdout
+    with contextlib.redirect_stdout(out):
+        scorer, tokenizer, identity, saved, scales = load_scorer(args)
+        frame, paths, prompts = scoring_frame(args, saved)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for name in ("precision", "no_amp"):
+            if name not in args.explicit:
+                setattr(args, name, getattr(saved, name))
+        resolve_precision(args, device)
+        scores, errors = score_images(scorer.to(device), tokenizer, identity, paths, prompts, args,
+                                      device)
+        add_scores(frame, scores, errors, scales, args)
+        print_scoring(frame, scores, scales, args, saved)
+    text = frame.to_csv(index=False)
+    if args.predictions_csv == "-":
+        sys.stdout.write(text)
+    else:
+        with atomic_path(args.predictions_csv) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="")
+        print(f"{len(frame)} rows written to {args.predictions_csv}")
+    return 1 if errors else 0
+
+
+def add_scores(frame, scores, errors, scales, args):
+    """Add the score columns for people (clamped, on the MOS scale), `error` and `keep`."""
+    for name, key in zip(SCORE_COLUMNS, ("q", "c", "q_base", "c_base")):
+        frame[name] = (np.clip(scores[key], 0, 1) * scales[key[0]]).round(4)
+    frame["error"] = [errors.get(i, "") for i in range(len(frame))]
+    limits = {"quality": args.min_quality, "consistency": args.min_consistency}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    if limits:
+        frame["keep"] = np.logical_and.reduce([frame[n] >= limit for n, limit in limits.items()])
+
+
+def print_scoring(frame, scores, scales, args, saved):
+    """Print what could not be read, how many images pass, and metrics where MOS are given."""
+    failed = int((frame["error"] != "").sum())
+    if failed:
+        print(f"{failed} of {len(frame)} images could not be read: see the column error")
+    if "keep" in frame:
+        print(f"{int(frame['keep'].sum())} of {len(frame)} images pass")
+    for target, column in (("q", saved.quality_column), ("c", saved.consistency_column)):
+        if column in frame:
+            mos = pd.to_numeric(frame[column], errors="coerce").to_numpy() / scales[target]
+            good = np.isfinite(mos) & np.isfinite(scores[target])
+            pred, mos = scores[target][good], mos[good]
+            print(f"{TITLES[target]}: SROCC {srocc(pred, mos):.4f}, PLCC {plcc(pred, mos):.4f}, "
+                  f"KROCC {krocc(pred, mos):.4f}, RMSE {rmse(pred, mos):.4f} on {len(mos)} images")
+
+
 # --- main -----------------------------------------------------------------------------------
 
 
@@ -2678,6 +3197,7 @@ def print_setup(args, table, parts, towers, device, scorer):
     heads = sum(p.numel() for n, p in scorer.named_parameters() if not n.startswith("clip."))
     print(f"heads: {heads / 1e6:.2f} M parameters; device {device}, {args.precision}, lr "
           f"{args.lr:g} (heads {head_lr(args):g})")
+    print_advice(args, settings_advice(args, len(parts["train"]), towers["image"].depth))
     if args.use_refinement and not args.no_residual_learning or (
             args.use_two_branch and not args.no_residual_learning):
         print("WARNING: --use_two_branch and --use_refinement together with residual learning are "
@@ -2719,9 +3239,7 @@ def train_one_run(args, table, seed, checkpoint=None):
     if checkpoint is not None:
         resume(run, load_checkpoint(checkpoint), checkpoint)
     fit(run)
-    summary = finish(run, time.perf_counter() - began)
-    print_summary(summary)
-    return summary
+    return conclude(run, time.perf_counter() - began)
 
 
 def train(args):
@@ -2750,6 +3268,11 @@ def main(argv=None):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     STOP.install()
     try:
+        if args.predict:
+            status = predict(args)
+            if status:
+                raise SystemExit(status)
+            return None
         summary = train(args)
     except UserError as error:
         sys.stdout.flush()
