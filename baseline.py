@@ -288,7 +288,7 @@ def build_parser():
     g.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                    help="of the towers; auto: bf16 or fp16 on CUDA, fp32 on CPU")
     g.add_argument("--no_amp", action="store_true", help="the same as --precision fp32")
-    g.add_argument("--num_workers", type=whole, default=4, help="processes that decode images")
+    g.add_argument("--num_workers", type=whole, default=4, help="processes that decode images, at most one per core")
     g.add_argument("--pin_memory", action="store_true", default=True,
                    help="page-locked batches for a CUDA device (on unless --no_pin_memory)")
     g.add_argument("--no_pin_memory", dest="pin_memory", action="store_false",
@@ -321,9 +321,9 @@ def build_parser():
                                     "may have their own in a .txt file of the same name")
     g.add_argument("--predictions_csv", default="predictions.csv",
                    help="where --predict writes; - for standard output")
-    g.add_argument("--min_quality", type=float,
+    g.add_argument("--min_quality", type=number(0),
                    help="add a column `keep`: quality on the MOS scale at least this")
-    g.add_argument("--min_consistency", type=float,
+    g.add_argument("--min_consistency", type=number(0),
                    help="the same for consistency; with both, both must hold")
     return parser
 
@@ -1660,10 +1660,10 @@ class LiveImages:
 
     def __init__(self, dataset, args, device):
         self.batches = []
+        workers = min(args.num_workers, os.cpu_count() or 1)
         self.loader = torch.utils.data.DataLoader(
-            dataset, batch_size=None, sampler=self, num_workers=args.num_workers,
-            persistent_workers=args.num_workers > 0,
-            prefetch_factor=2 if args.num_workers else None,
+            dataset, batch_size=None, sampler=self, num_workers=workers,
+            persistent_workers=workers > 0, prefetch_factor=2 if workers else None,
             pin_memory=args.pin_memory and device.type == "cuda")
 
     def __iter__(self):
@@ -2610,7 +2610,8 @@ def settings_advice(args, train_images, depth):
                             f"scales {scales[0]:g} and {scales[1]:g}, but {train_images} training "
                             f"images usually want {low:g}",
                             {"residual_scale_q": low, "residual_scale_c": low}))
-    if mode == "partial" and depth and not depth / 2 <= args.freeze_layers <= depth * 11 / 12:
+    # The rule is about transformers: the few stages of a convolutional trunk are outside it.
+    if mode == "partial" and (depth or 0) >= 12 and not depth / 2 <= args.freeze_layers <= depth * 11 / 12:
         found.append(Advice("freeze_layers unusual for this tower", f"{args.freeze_layers} of "
                             f"{depth} blocks are frozen; two thirds to five sixths are usual",
                             {"freeze_layers": round(depth * 3 / 4)}))
@@ -2781,7 +2782,7 @@ def draw_worst(run, pred, rows, path, count=6):
     """Draw a contact sheet of the images that each target gets most wrong."""
     table, mos = run.table, human(run.table, rows)
     count = min(count, len(rows))
-    figure, axes = pyplot().subplots(2, count, figsize=(2.5 * count, 7.4), squeeze=False,
+    figure, axes = pyplot().subplots(2, count, figsize=(2.5 * count, 6.8), squeeze=False,
                                      layout="constrained")
     for line, target in zip(axes, TARGETS):
         error = pred[target] - mos[target]

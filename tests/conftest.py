@@ -142,7 +142,7 @@ def flags(data, clips, tmp_path):
         folder = clip if isinstance(clip, Path) else clips(clip)
         return ["--data_csv_path", str(data.csv), "--image_base_dir", str(data.images),
                 "--clip_model", f"local-dir:{folder}", "--output_dir", str(tmp_path / out),
-                "--num_workers", "0", "--epochs", "2", "--batch_size", "8",
+                "--num_workers", "0", "--epochs", "2", "--batch_size", "8", "--no_plots",
                 *map(str, more)]
     return make
 
@@ -177,6 +177,13 @@ def refused(flags, capsys):
         assert "Traceback" not in said
         return said
     return run
+
+
+def decoded(run, indices):
+    """Return the preprocessed (B, 3, H, W) uint8 pixels of some rows of a run."""
+    images, errors = run.images.live.loader.dataset[np.asarray(indices)]
+    assert not errors
+    return images
 
 
 def load(folder, name="baseline_last.pt"):

@@ -9,7 +9,7 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
-from conftest import COLUMNS, draw, read_csv, write_csv
+from conftest import COLUMNS, decoded, draw, read_csv, write_csv
 from PIL import Image
 
 import baseline
@@ -365,7 +365,7 @@ def test_pixels_equal_open_clips_own_preprocess(build, clips, data, mode):
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{clips()}",
                                                             image_resize_mode=mode)
     indices = np.arange(6)
-    got = run.scorer.pixels(run.images.dataset[indices])
+    got = run.scorer.pixels(decoded(run, indices))
     want = torch.stack([transform(Image.open(run.table.paths[i]).convert("RGB"))
                         for i in indices])
     assert torch.equal(got, want)
@@ -376,7 +376,7 @@ def test_resize_modes_differ_and_the_default_is_the_models_own(build):
     pixels = {}
     for mode in (None, "shortest", "squash", "longest"):
         run = build("--freeze_clip", *(["--resize_mode", mode] if mode else []))
-        pixels[mode] = run.images.dataset[np.arange(2)]
+        pixels[mode] = decoded(run, [0, 1])
     assert torch.equal(pixels[None], pixels["shortest"])
     assert not torch.equal(pixels["shortest"], pixels["squash"])
     assert not torch.equal(pixels["squash"], pixels["longest"])

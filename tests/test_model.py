@@ -12,7 +12,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EMBED_DIM, PROMPTS, TEXT, VISION, load
+from conftest import EMBED_DIM, PROMPTS, TEXT, VISION, decoded, load
 from safetensors.torch import load_file
 
 import baseline
@@ -552,7 +552,7 @@ def test_the_whole_scorer_sees_prompt_and_picture(build):
     run.scorer.eval()
     for head in (run.scorer.quality, run.scorer.consistency):
         torch.nn.init.normal_(head.delta[-1].weight, 0, 0.3)
-    pixels = run.images.dataset[np.arange(9)]
+    pixels = decoded(run, range(9))
     ids = run.table.prompt_id[[0, 4, 8, 12, 16, 20, 24, 28, 32]]
 
     def predict(pixels, ids):
