@@ -179,7 +179,8 @@ def test_weights_that_are_none_of_this_model(refused, clips, tmp_path, damage):
         state = {f"x.{k}": v for k, v in state.items()}
     torch.save(state, path)
     if damage != "other model":
-        path.write_bytes(path.read_bytes()[:5000] if damage == "cut" else b"cos\nsystem\n(S'x'\ntR.")
+        other = b"cos\nsystem\n(S'x'\ntR."
+        path.write_bytes(path.read_bytes()[:5000] if damage == "cut" else other)
     assert "weights.pt" in refused("--pretrained", path)
 
 
@@ -272,7 +273,8 @@ def test_gradient_checkpointing_changes_nothing(towers):
     for checkpointing in (False, True):
         clip, image, text, ids = towers("vit", 1)
         image.checkpointing = text.checkpointing = checkpointing
-        (through_image(image, images())[:, 0].sum() + through_text(text, ids)[:, 0].sum()).backward()
+        out = through_image(image, images())[:, 0].sum() + through_text(text, ids)[:, 0].sum()
+        out.backward()
         grads.append({n: p.grad for n, p in clip.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 20
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-7) for n in grads[0])

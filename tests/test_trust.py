@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -10,7 +11,6 @@ import scipy.stats
 import torch
 from conftest import read_csv, read_json, write_csv
 from PIL import Image
-from types import SimpleNamespace
 
 import baseline
 
@@ -22,7 +22,7 @@ MODES = {"frozen": ["--freeze_clip"], "partial": ["--partial_freeze", "--freeze_
 
 @pytest.fixture
 def reference(clips, data):
-    """Return a function of a table: open_clip's own (N, D) image and text embeddings of its rows."""
+    """Return a function that embeds a table's rows with open_clip's own code."""
     def embed(table, texts=None):
         name = f"local-dir:{clips()}"
         clip, _, transform = open_clip.create_model_and_transforms(name)
@@ -47,7 +47,7 @@ def test_floors_are_in_the_result(train):
 
 
 def test_the_image_split_warns_and_shows_what_leaks(train, capsys, data):
-    """With --split_by image the prompt-mean floor, which sees no pixels, is there, and a warning."""
+    """With --split_by image there are the prompt-mean floor and a warning."""
     capsys.readouterr()
     run = train("--freeze_clip", "--epochs", 1, "--split_by", "image")
     out = capsys.readouterr().out
@@ -305,7 +305,7 @@ def test_finished_repeats_are_not_run_again(train, monkeypatch):
 
 
 def test_an_interrupted_repeat_goes_on(train, monkeypatch):
-    """Killed in the second repeat and restarted: nothing is trained twice, the result is the same."""
+    """Killed and restarted: nothing is trained twice, and the result is the same."""
     class Killed(BaseException):
         pass
 
