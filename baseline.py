@@ -117,6 +117,13 @@ def autocast(args, device):
                           enabled=args.precision != "fp32")
 
 
+def resolve_precision(args, device):
+    """Replace --precision auto by what the device does best."""
+    if args.precision == "auto":
+        half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
+        args.precision = half if device.type == "cuda" else "fp32"
+
+
 # --- command line ---------------------------------------------------------------------------
 
 
@@ -386,7 +393,7 @@ def parse_args(argv=None):
 class Table:
     """The validated CSV, sorted by name, so that nothing depends on the order of its rows.
 
-    frame: N rows, the CSV's own columns plus `row`, the line in the CSV (the header is row 1)
+    frame: N rows, the CSV's own columns; its index is the row in the CSV (the header is row 1)
     paths: N image files
     prompts, prompt_id: U unique prompts; (N,) index into them
     explanations, explanation_id: unique non-empty explanations; (N,) index, -1 where empty
@@ -406,20 +413,24 @@ class Table:
 
 
 def read_csv(path):
-    """Read a CSV as text, byte order mark or not; raise UserError where it is none."""
+    """Read a CSV as text, byte order mark or not; raise UserError where it is none.
+
+    Returns a DataFrame of strings without blank rows, its index the row in the CSV (header: 1).
+    """
     if not Path(path).is_file():
         raise UserError(f"The CSV must exist, but there is no file {path}: give its place with "
                         f"--data_csv_path, or see it work with --demo.")
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig",
+                            skip_blank_lines=False).fillna("")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} must be UTF-8, but byte {error.start} is not: save it as "
                         f"'CSV UTF-8'.") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
         raise UserError(f"{path} is not a readable CSV ({str(error).strip()}): its first line must "
                         f"name the columns, and texts with commas need quotes.") from error
-    frame.insert(0, "row", np.arange(2, len(frame) + 2))
-    return frame
+    frame.index = np.arange(2, len(frame) + 2)
+    return frame[(frame != "").any(axis=1)]
 
 
 def auto_scale(mos):
@@ -430,7 +441,8 @@ def auto_scale(mos):
 
 def inside(base, name):
     """Return whether base / name, links resolved, stays inside the resolved folder base."""
-    return not os.path.isabs(name) and Path(base, name).resolve().is_relative_to(base)
+    real = os.path.realpath(os.path.join(base, name))
+    return not os.path.isabs(name) and Path(real).is_relative_to(base)
 
 
 def check_names(frame, args):
@@ -439,8 +451,8 @@ def check_names(frame, args):
     base = Path(args.image_base_dir).resolve()
     blank = names.str.strip() == ""
     outside = ~blank & ~names.map(lambda name: "\0" not in name and inside(base, name))
-    missing = ~blank & ~outside & ~names.map(lambda name: (base / name).is_file())
-    rows = frame["row"]
+    missing = ~blank & ~outside & ~names.map(lambda name: os.path.isfile(base / name))
+    rows = frame.index.to_series()
     return [
         ("empty image names", rows[blank], "fill them in or remove the rows"),
         ("duplicate image names", rows[names.duplicated(keep=False) & ~blank],
@@ -462,7 +474,7 @@ def check_mos(frame, column, scale, flag):
     finite = np.isfinite(mos)
     scale = scale or auto_scale(mos[finite])
     high = finite & (mos > (scale or MOS_SCALES[-1]))
-    rows = frame["row"]
+    rows = frame.index.to_series()
     return scale, [
         (f"{column} that is not a finite number", rows[~finite], "correct or remove the rows"),
         (f"{column} below 0", rows[finite & (mos < 0)], "shift the scores to start at 0"),
@@ -497,7 +509,7 @@ def load_table(args):
     absent = [column for column in columns if column not in frame]
     if absent:
         raise UserError(f"{args.data_csv_path} needs the columns {', '.join(columns)}, but "
-                        f"{', '.join(absent)} is missing (it has {', '.join(frame.columns[1:])}): "
+                        f"{', '.join(absent)} is missing (it has {', '.join(frame.columns)}): "
                         f"rename it with --name_column, --prompt_column, --quality_column, "
                         f"--consistency_column or --explanation_column.")
     if frame.empty:
@@ -507,7 +519,7 @@ def load_table(args):
     scale_c, problems_c = check_mos(frame, args.consistency_column, args.label_scale_c,
                                     "label_scale_c")
     raise_problems(args.data_csv_path, check_names(frame, args) + problems_q + problems_c)
-    frame = frame.sort_values(args.name_column, ignore_index=True)
+    frame = frame.sort_values(args.name_column)
     return make_table(frame, args, {"q": scale_q, "c": scale_c})
 
 
@@ -1278,7 +1290,8 @@ class CLIPScorer(nn.Module):
         self.quality = QualityHead(dim, args)
         self.consistency = ConsistencyHead(dim, args)
         self.refinement = Refinement(dim, args) if args.use_refinement else None
-        self.explanation = nn.Linear(2 * dim + 1, dim) if args.use_explanations else None
+        self.explanation = nn.Sequential(
+            nn.Dropout(args.dropout), nn.Linear(2 * dim + 1, dim)) if args.use_explanations else None
 
     def train(self, mode=True):
         """Switch to training mode; what is frozen stays in eval mode (BatchNorm, dropout)."""
@@ -1518,7 +1531,7 @@ def prompt_mean(table, mos, train):
     """Predict each row's MOS by the training mean of its prompt: it sees no pixels."""
     values = pd.Series(mos[train].numpy()).groupby(table.prompt_id[train]).mean()
     predicted = pd.Series(table.prompt_id).map(values).fillna(float(mos[train].mean()))
-    return torch.from_numpy(predicted.to_numpy())
+    return torch.from_numpy(predicted.to_numpy(copy=True))
 
 
 @torch.no_grad()
@@ -1601,7 +1614,8 @@ def cached_array(args, kind, key, count, chunks):
         print(f"cache: going on without the {kind} cache, it cannot be written ({error})")
         return None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return np.load(path, mmap_mode="r")
 
 
@@ -1636,16 +1650,15 @@ class CachedRows:
 
     RESIDENT = 2 ** 28  # bytes: embeddings of 80,000 images with D 768 and fp32 stay resident
 
-    def __init__(self, array, dtype, device):
-        self.array, self.dtype = array, dtype
-        self.resident = None
+    def __init__(self, array, device):
+        self.array, self.resident = array, None
         if array.nbytes <= self.RESIDENT:
             self.resident = self.tensor(np.array(array)).to(device)
 
     def tensor(self, rows):
-        """Return a numpy array of cached rows as a tensor of the cached dtype."""
+        """Return a numpy array of cached rows as a tensor: int16 holds bfloat16's bits."""
         tensor = torch.from_numpy(rows)
-        return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
+        return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
     def fetch(self, *index):
         """Return the rows at an index of numpy arrays, on the CPU or the device."""
@@ -1746,7 +1759,7 @@ class ImageInputs:
     def __init__(self, scorer, table, identity, args, device):
         self.scorer, self.args, self.device = scorer, args, device
         self.tower = scorer.towers["image"]
-        self.csv_rows = table.frame["row"].to_numpy()
+        self.csv_rows = table.frame.index.to_numpy()
         self.live = LiveImages(ImageBatches(table.paths, identity["preprocess"]), args, device)
         self.count = len(table.paths)
         self.features = self.cached_pixels = None
@@ -1775,8 +1788,7 @@ class ImageInputs:
                                    (images, images.flip(-1))[:views]], dim=1)
 
         array = cached_array(self.args, "image", key, self.count, chunks)
-        dtype = torch.float32 if self.tower.frozen == "all" else PRECISIONS[self.args.precision]
-        return None if array is None else CachedRows(array, dtype, self.device)
+        return None if array is None else CachedRows(array, self.device)
 
     def cache_pixels(self, key):
         """Return CachedRows (N, 3, H, W) of decoded uint8 images, or None if they do not fit."""
@@ -1784,7 +1796,7 @@ class ImageInputs:
                           files=key["files"])
         array = cached_array(self.args, "pixels", key, self.count,
                              lambda: self.all_images("decoded images", to_device=False))
-        return None if array is None else CachedRows(array, torch.uint8, torch.device("cpu"))
+        return None if array is None else CachedRows(array, torch.device("cpu"))
 
     def all_images(self, what, to_device=True):
         """Yield the decoded uint8 images of all rows in order, with a progress bar."""
@@ -1863,8 +1875,7 @@ class TextInputs:
                 yield F.pad(x, (0, 0, 0, grow)) if grow else x
 
         array = cached_array(self.args, "text", key, len(rows), chunks)
-        dtype = torch.float32 if self.tower.frozen == "all" else PRECISIONS[self.args.precision]
-        return None if array is None else CachedRows(array, dtype, self.device)
+        return None if array is None else CachedRows(array, self.device)
 
     def fetch(self, prompt_id):
         """Return (tower input, end, inverse) for a batch; prompt_id: (B,) numpy."""
@@ -1955,18 +1966,18 @@ class Stop:
     """
 
     def __init__(self):
-        self.signal = None
+        self.signal, self.waits = None, False
 
     def handle(self, number, frame):
-        """Note a signal (see signal.signal)."""
-        if self.signal is not None:
+        """Note a signal (see signal.signal); while nothing trains, there is nothing to wait for."""
+        again, self.signal = self.signal is not None, number
+        if again or not self.waits:
             raise KeyboardInterrupt
-        self.signal = number
         print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     def install(self):
         """Catch both signals from now on, where this thread may."""
-        self.signal = None
+        self.signal, self.waits = None, False
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.handle)
@@ -2064,7 +2075,7 @@ def train_one_epoch(run, epoch):
     stream = zip(rest, run.images.stream([view for _, view in rest]))
     for (step, view), x in progress(stream, f"epoch {epoch}", len(rest)):
         # Dropout depends on seed and step alone: a resumed run draws what the first would have.
-        torch.manual_seed((run.seed * 100_003 + epoch) * 1_000_003 + step)
+        torch.manual_seed(((run.seed * 100_003 + epoch) * 1_000_003 + step) % 2 ** 63)
         first = step - step % accumulate
         window = np.concatenate([v.rows for v in views[first:first + accumulate]])
         out = forward(run, view, x)
@@ -2175,8 +2186,7 @@ def fit(run):
             save_checkpoint(run, "baseline_best.pt")
         save_checkpoint(run, "baseline_last.pt")
         write_log(run)
-        if epoch < args.epochs:
-            STOP.leave(run)
+        STOP.leave(run)
     if stopped_early(args, state):
         print(f"early stopping: no gain of {args.early_stopping_min_delta:g} in "
               f"{state['waited']} epochs")
@@ -2300,6 +2310,7 @@ def adopt_checkpoint_args(args, content, path):
     A named flag that contradicts the checkpoint and would change the result is an error.
     """
     saved = content["args"]
+    resolve_precision(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     clash = [f"--{key} {getattr(args, key)} (checkpoint: {saved[key]})"
              for key in sorted(args.explicit - FREE_FLAGS)
              if key in saved and getattr(args, key) != saved[key]]
@@ -2309,6 +2320,7 @@ def adopt_checkpoint_args(args, content, path):
     for key, value in saved.items():
         if key not in args.explicit | {"resume_from", "cache_dir"}:
             setattr(args, key, value)
+    args.repeats = 1  # one run of several goes on by itself
     if "output_dir" not in args.explicit:
         args.output_dir = str(Path(path).parent)
     if "cache_dir" not in args.explicit:
@@ -2502,7 +2514,7 @@ def run_files(args):
     """Return the names of what one run writes into its output_dir."""
     return ["baseline_best.pt", "baseline_last.pt", "config.json", "result.json",
             "val_predictions.csv", "test_predictions.csv", "curves.png", "scatter.png",
-            "worst.png", "report.html", "tensorboard", Path(args.log_csv).name]
+            "worst.png", "report.html", "tensorboard", "repeats.json", Path(args.log_csv).name]
 
 
 def archive_old_run(args):
@@ -2984,7 +2996,7 @@ def scoring_frame(args, saved):
     """
     target = Path(args.predict)
     if target.suffix.lower() == ".csv":
-        frame = read_csv(target).drop(columns="row")
+        frame = read_csv(target).reset_index(drop=True)
         name, prompt = (getattr(args if f"{k}_column" in args.explicit else saved, f"{k}_column")
                         for k in ("name", "prompt"))
         if name not in frame:
@@ -3134,13 +3146,6 @@ def print_scoring(frame, scores, scales, args, saved):
 # --- main -----------------------------------------------------------------------------------
 
 
-def resolve_precision(args, device):
-    """Replace --precision auto by what the device does best."""
-    if args.precision == "auto":
-        half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
-        args.precision = half if device.type == "cuda" else "fp32"
-
-
 def set_up(args, table, seed):
     """Build everything that one training run needs and print what will happen.
 
@@ -3229,7 +3234,11 @@ def frozen_embeddings(images, texts, table, identity, args):
         x, end, _ = texts.fetch(rows)
         with autocast(args, images.device):
             t.append(texts.tower.suffix(x, end).float().cpu())
-    return f, torch.cat(t)[table.prompt_id]
+    t = torch.cat(t)[table.prompt_id]
+    if not (torch.isfinite(f).all() and torch.isfinite(t).all()):
+        raise UserError(f"The embeddings of {args.clip_model} must be finite, but are not in "
+                        f"{args.precision}: use --precision fp32, or other weights.")
+    return f, t
 
 
 def train_one_run(args, table, seed, checkpoint=None):
@@ -3239,8 +3248,23 @@ def train_one_run(args, table, seed, checkpoint=None):
     write_config(run)
     if checkpoint is not None:
         resume(run, load_checkpoint(checkpoint), checkpoint)
-    fit(run)
+    STOP.waits = True
+    try:
+        fit(run)
+    finally:
+        STOP.waits = False
     return conclude(run, time.perf_counter() - began)
+
+
+def move_in(args):
+    """Prepare an output_dir that is not the checkpoint's own: archive it, copy the best epoch."""
+    source, target = Path(args.resume_from).parent, Path(args.output_dir)
+    if source.resolve() == target.resolve():
+        return
+    archive_old_run(args)
+    best = source / "baseline_best.pt"
+    with atomic_path(target / "baseline_best.pt") as temporary:
+        shutil.copyfile(best if best.exists() else args.resume_from, temporary)
 
 
 def train(args):
@@ -3252,6 +3276,7 @@ def train(args):
     if args.repeats > 1:
         return train_repeats(args, table)
     if args.resume_from:
+        move_in(args)
         summary = train_one_run(args, table, content["seed"], args.resume_from)
     else:
         archive_old_run(args)

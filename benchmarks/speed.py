@@ -17,7 +17,7 @@ import argparse
 import contextlib
 import io
 import json
-import resource
+import logging
 import statistics
 import subprocess
 import sys
@@ -246,9 +246,9 @@ def compare(options, case, csv, folder, rate):
 
 
 def memory_mb():
-    """Return (anonymous, file-backed) resident megabytes of this process."""
+    """Return (anonymous, file-backed, peak) resident megabytes of this process."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))
+    return tuple(int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile", "VmHWM"))
 
 
 def whole_commands(options, csv, folder, plain_epoch):
@@ -288,15 +288,15 @@ def measure_growth(request):
     run = set_up(options, "partial_freeze", options.csv, options.folder)
     baseline.train_one_epoch(run, 1)
     seconds = timed(lambda: baseline.train_one_epoch(run, 2))
-    anonymous, mapped = memory_mb()
+    anonymous, mapped, peak = memory_mb()
     size = run.images.features.array.nbytes / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{seconds:.2f} | {size:.0f} | {anonymous:.0f} | {mapped:.0f} | {peak:.0f} |")
 
 
 def main():
     """Print the tables."""
     options = parse_args()
+    logging.disable(logging.WARNING)  # open_clip says of every model that it is random
     rate = gemm_rate(options.precision)
     print(f"{options.clip_model}, {options.precision}, batch {options.batch_size}, "
           f"{torch.get_num_threads()} threads, best matrix product {rate / 1e9:.0f} GFLOP/s\n")
