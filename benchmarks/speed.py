@@ -88,8 +88,8 @@ def set_up(options, case, csv, folder):
 class PlainImages(torch.utils.data.Dataset):
     """Decode, preprocess and tokenise one image at a time, in every epoch."""
 
-    def __init__(self, run, preprocess, tokens):
-        self.table, self.rows = run.table, run.parts["train"]
+    def __init__(self, run, part, preprocess, tokens):
+        self.table, self.rows = run.table, run.parts[part]
         self.preprocess, self.tokens = preprocess, tokens
 
     def __len__(self):
@@ -119,28 +119,38 @@ class PlainLoop:
         self.heads = nn.ModuleList([baseline.QualityHead(dim, run.args),
                                     baseline.ConsistencyHead(dim, run.args)])
         tokens = open_clip.get_tokenizer(options.clip_model)(run.table.prompts)
-        self.loader = torch.utils.data.DataLoader(
-            PlainImages(run, preprocess, tokens), batch_size=options.batch_size, shuffle=True,
-            num_workers=options.num_workers)
+        self.loaders = {part: torch.utils.data.DataLoader(
+            PlainImages(run, part, preprocess, tokens), batch_size=options.batch_size,
+            shuffle=part == "train", num_workers=options.num_workers) for part in ("train", "val")}
         trained = [p for p in [*self.clip.parameters(), *self.heads.parameters()]
                    if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=3e-5, fused=False)
 
+    def score(self, image, text):
+        """Return (quality, consistency) of a batch."""
+        half = torch.bfloat16 if self.options.precision == "bf16" else None
+        with torch.autocast("cpu", half, enabled=half is not None):
+            f = self.clip.encode_image(image, normalize=True).float()
+            t = self.clip.encode_text(text, normalize=True).float()
+        return self.heads[0](f)[0], self.heads[1](f, t, (f * t).sum(-1))[0]
+
     def epoch(self):
         """Train for one epoch."""
         self.clip.train()
-        half = torch.bfloat16 if self.options.precision == "bf16" else None
-        for image, text, quality, consistency in self.loader:
-            with torch.autocast("cpu", half, enabled=half is not None):
-                f = self.clip.encode_image(image, normalize=True)
-                t = self.clip.encode_text(text, normalize=True)
-            f, t = f.float(), t.float()
-            q, c = self.heads[0](f)[0], self.heads[1](f, t, (f * t).sum(-1))[0]
+        for image, text, quality, consistency in self.loaders["train"]:
+            q, c = self.score(image, text)
             loss = nn.functional.mse_loss(q, quality) + nn.functional.mse_loss(c, consistency)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             loss.item()
+
+    def validate(self):
+        """Score the validation part once."""
+        self.clip.eval()
+        with torch.no_grad():
+            for image, text, _, _ in self.loaders["val"]:
+                self.score(image, text)
 
 
 class Limit:
@@ -221,7 +231,10 @@ def timed(function):
 
 
 def compare(options, case, csv, folder, rate):
-    """Time (a), (b), (c) of one case, interleaved, and print the row; returns the plain epoch."""
+    """Time (a), (b), (c) of one case, interleaved, and print the row.
+
+    Returns the seconds of the plain loop's epoch and of its validation.
+    """
     run = set_up(options, case, csv, folder)
     plain, limit = PlainLoop(run, options), Limit(run)
     epochs = iter(range(1, 10_000))
@@ -242,7 +255,7 @@ def compare(options, case, csv, folder, rate):
     used = trained_flops(run) / rate / a
     print(f"| {case} | {images} | {b:.2f} | {a:.3f} | {c:.3f} | {images / a:.0f} | {b / a:.1f} | "
           f"{a / c:.2f} | {used:.2f} |", flush=True)
-    return b
+    return b, timed(plain.validate)
 
 
 def memory_mb():
@@ -251,16 +264,20 @@ def memory_mb():
     return tuple(int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile", "VmHWM"))
 
 
-def whole_commands(options, csv, folder, plain_epoch):
-    """Time `--freeze_clip --epochs 10` as whole commands, cold and again, start-up included."""
+def whole_commands(options, csv, folder, plain):
+    """Time `--freeze_clip --epochs 10` as whole commands, cold and again, start-up included.
+
+    plain: seconds of the plain loop's epoch and validation; start-up is not counted against it.
+    """
     script = str(Path(baseline.__file__))
     command = [sys.executable, script, *flags(options, "freeze_clip", csv, folder),
                "--epochs", "10", "--cache_dir", str(Path(folder, "whole_cache"))]
     cold, again = (timed(lambda: subprocess.run(command, check=True, capture_output=True))
                    for _ in range(2))
-    print(f"\nten epochs of the plain loop {10 * plain_epoch:.0f} s; --freeze_clip --epochs 10 cold "
-          f"{cold:.1f} s ({10 * plain_epoch / cold:.1f}x), again {again:.1f} s "
-          f"({10 * plain_epoch / again:.1f}x)")
+    print(f"\n--freeze_clip --epochs 10, whole command: cold {cold:.1f} s, again {again:.1f} s")
+    for what, seconds in (("training and validation", sum(plain)), ("training alone", plain[0])):
+        print(f"ten epochs of the plain loop, {what}: {10 * seconds:.0f} s, "
+              f"{10 * seconds / cold:.1f}x cold, {10 * seconds / again:.1f}x again", flush=True)
 
 
 def growth(options, counts, folder):

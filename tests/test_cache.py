@@ -78,9 +78,14 @@ def test_cached_runs_equal_uncached_ones(numbers, tmp_path, mode, augment):
 
 @pytest.mark.parametrize("clip", ["avg", "bidirectional", "conv", "resnet", "timm_vit"])
 def test_cached_runs_of_other_towers_equal_uncached_ones(numbers, clip):
-    """The boundary is cached rightly whatever the tower."""
-    off = numbers(*PARTIAL, "--cache", "off", "--epochs", 1, out="off", clip=clip)
-    assert_equal(numbers(*PARTIAL, "--epochs", 1, out="on", clip=clip), off)
+    """The boundary is cached rightly whatever the tower.
+
+    The step is small, because BatchNorm over a batch of 8 amplifies the float noise of a
+    convolution that ran with another batch size.
+    """
+    flags = [*PARTIAL, "--lr", 1e-4, "--epochs", 1]
+    off = numbers(*flags, "--cache", "off", out="off", clip=clip)
+    assert_equal(numbers(*flags, out="on", clip=clip), off)
 
 
 @pytest.mark.parametrize("frozen", [0, 4])
