@@ -259,7 +259,8 @@ def test_a_signal_after_training_loses_nothing(start, flags, tmp_path, train):
 def test_a_signal_ends_scoring(start, flags, train, data):
     """Scoring has nothing to save either."""
     best = train("--freeze_clip", "--epochs", 1).folder / "baseline_best.pt"
-    program = start(["--predict", data.csv, "--checkpoint", best], start=slowed("score_images", 600))
+    program = start(["--predict", data.csv, "--checkpoint", best],
+                    start=slowed("score_images", 600))
     program.wait_for("here")
     program.send(signal.SIGINT)
     assert program.finish() == 130 and "Traceback" not in program.said
