@@ -143,6 +143,7 @@ class Parser(argparse.ArgumentParser):
     """Suggest the nearest flag when one is unknown."""
 
     def error(self, message):
+        """Exit with status 2 after the message."""
         if message.startswith("unrecognized arguments:"):
             known = [flag for action in self._actions for flag in action.option_strings]
             for word in message.split(":", 1)[1].split():
@@ -152,7 +153,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low, high=math.inf, kind=float, open_low=False):
-    """Return an argparse type that accepts a finite number in [low, high] ((low, .. if open_low)."""
+    """Return an argparse type that accepts a finite number from low (open_low: above it) to high."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or (open_low and value == low) or not math.isfinite(value):
@@ -295,7 +296,8 @@ def build_parser():
     g.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                    help="of the towers; auto: bf16 or fp16 on CUDA, fp32 on CPU")
     g.add_argument("--no_amp", action="store_true", help="the same as --precision fp32")
-    g.add_argument("--num_workers", type=whole, default=4, help="processes that decode images, at most one per core")
+    g.add_argument("--num_workers", type=whole, default=4,
+                   help="processes that decode images, at most one per core")
     g.add_argument("--pin_memory", action="store_true", default=True,
                    help="page-locked batches for a CUDA device (on unless --no_pin_memory)")
     g.add_argument("--no_pin_memory", dest="pin_memory", action="store_false",
@@ -613,6 +615,7 @@ class ImageBatches(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def __getitem__(self, indices):
+        """Return (images, errors) of some row numbers (see the class)."""
         images, errors = torch.zeros(len(indices), 3, *self.size, dtype=torch.uint8), {}
         for place, index in enumerate(indices):
             try:
@@ -1290,8 +1293,8 @@ class CLIPScorer(nn.Module):
         self.quality = QualityHead(dim, args)
         self.consistency = ConsistencyHead(dim, args)
         self.refinement = Refinement(dim, args) if args.use_refinement else None
-        self.explanation = nn.Sequential(
-            nn.Dropout(args.dropout), nn.Linear(2 * dim + 1, dim)) if args.use_explanations else None
+        self.explanation = nn.Sequential(nn.Dropout(args.dropout), nn.Linear(
+            2 * dim + 1, dim)) if args.use_explanations else None
 
     def train(self, mode=True):
         """Switch to training mode; what is frozen stays in eval mode (BatchNorm, dropout)."""
@@ -1706,7 +1709,7 @@ def flipped(images, flip):
 
 
 def cropped(images, boxes):
-    """Crop (B, 3, H, W) uint8 images to boxes (B, 4), top, left, height, width in 0..1, and resize."""
+    """Crop (B, 3, H, W) images to boxes, (B, 4) top, left, height, width in 0..1, and resize."""
     height, width = images.shape[-2:]
     out = []
     for image, (top, left, h, w) in zip(images, boxes):
@@ -1718,7 +1721,10 @@ def cropped(images, boxes):
 
 @dataclass
 class View:
-    """Which view of which rows a batch shows. rows: (B,); flip: (B,) bool; boxes: (B, 4) or None."""
+    """Which view of which rows a batch shows.
+
+    rows: (B,) row numbers; flip: (B,) bool; boxes: (B, 4), see cropped, or None.
+    """
 
     rows: np.ndarray
     flip: np.ndarray
@@ -2623,7 +2629,8 @@ def settings_advice(args, train_images, depth):
                             f"images usually want {low:g}",
                             {"residual_scale_q": low, "residual_scale_c": low}))
     # The rule is about transformers: the few stages of a convolutional trunk are outside it.
-    if mode == "partial" and (depth or 0) >= 12 and not depth / 2 <= args.freeze_layers <= depth * 11 / 12:
+    transformer = mode == "partial" and (depth or 0) >= 12
+    if transformer and not depth / 2 <= args.freeze_layers <= depth * 11 / 12:
         found.append(Advice("freeze_layers unusual for this tower", f"{args.freeze_layers} of "
                             f"{depth} blocks are frozen; two thirds to five sixths are usual",
                             {"freeze_layers": round(depth * 3 / 4)}))
@@ -3159,7 +3166,8 @@ def set_up(args, table, seed):
     towers = {"image": image_tower(clip), "text": text_tower(clip)}
     freeze_towers(clip, towers, args)
     torch.manual_seed(seed)
-    scorer = CLIPScorer(clip, towers, identity["embed_dim"], identity["preprocess"], args).to(device)
+    scorer = CLIPScorer(clip, towers, identity["embed_dim"], identity["preprocess"], args)
+    scorer.to(device)
     print_setup(args, table, parts, towers, device, scorer)
     identity_key = {**identity, "precision": args.precision, "device": device.type}
     scorer.eval()

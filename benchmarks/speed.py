@@ -50,7 +50,7 @@ def parse_args():
     parser.add_argument("--batch_size", type=int, default=32, help="images per step")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of towers")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES),
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES),
                         help="what to time")
     parser.add_argument("--num_workers", type=int, default=2, help="decoding processes")
     parser.add_argument("--whole", action="store_true",

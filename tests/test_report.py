@@ -236,7 +236,7 @@ def test_the_page_holds_the_command(done):
         k: v for k, v in want.items() if k != "cache_dir"}
 
 
-def test_the_command_of_a_demo_holds_what_was_said(tmp_path, monkeypatch):
+def test_the_command_of_a_demo_holds_what_was_said():
     """--demo has its own defaults: a flag that sets the program's own is in the command too."""
     args = baseline.parse_args(["--demo", "--epochs", "20", "--lr", "3e-5", "--num_workers", "4"])
     again = baseline.parse_args(shlex.split(baseline.changed_flags(args)))
@@ -286,7 +286,7 @@ def test_flags_cannot_inject_either(build, tmp_path, flag):
     assert evil in page.text["b"][0] and evil in page.text["pre"][0]
 
 
-def test_no_prompt_makes_a_warning(done, caplog):
+def test_no_prompt_makes_a_warning(done):
     """Chinese, Arabic, emoji and dollar signs print no warning about glyphs, fonts or maths."""
     text = [str(w.message) for w in done.warnings if issubclass(w.category, UserWarning)]
     assert text == []

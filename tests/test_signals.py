@@ -256,7 +256,7 @@ def test_a_signal_after_training_loses_nothing(start, flags, tmp_path, train):
     assert_same_run(whole.folder, tmp_path / "out")
 
 
-def test_a_signal_ends_scoring(start, flags, train, data):
+def test_a_signal_ends_scoring(start, train, data):
     """Scoring has nothing to save either."""
     best = train("--freeze_clip", "--epochs", 1).folder / "baseline_best.pt"
     program = start(["--predict", data.csv, "--checkpoint", best],
