@@ -92,7 +92,8 @@ PRESETS = {
 DEMO = dict(data_csv_path=str(HERE / "data/demo/data.csv"),
             image_base_dir=str(HERE / "data/demo/images"),
             clip_model=f"local-dir:{HERE / 'data/demo/clip'}",
-            epochs=8, lr=3e-4, num_workers=0)
+            epochs=8, lr=1e-4, head_lr=1e-4, dropout=0.4, batch_size=16, weight_decay=0.05,
+            num_workers=0)
 
 # Flags that only do something together with another one.
 DEPENDENT_FLAGS = {"freeze_layers": "partial_freeze", "refinement_layers": "use_refinement",
