@@ -1963,7 +1963,7 @@ FINITE_CHECK = 50  # updates between checks of the loss; each check waits for th
 
 
 class Interrupted(Exception):
-    """A signal ended the training after a checkpoint was saved; args: its number."""
+    """A signal ended the training after a checkpoint was saved; args: its number, the folder."""
 
 
 class Stop:
@@ -1993,7 +1993,7 @@ class Stop:
         """Raise Interrupted if a signal was noted; the caller has just saved a checkpoint."""
         if self.signal is not None:
             write_log(run)
-            raise Interrupted(self.signal)
+            raise Interrupted(self.signal, run.args.output_dir)
 
 
 STOP = Stop()
@@ -2546,11 +2546,11 @@ def archive_old_run(args):
 
 def changed_flags(args):
     """Return the command-line flags by which a run differs from the defaults, quoted."""
-    defaults = vars(build_parser().parse_args([]))
+    defaults = {**vars(build_parser().parse_args([])), **(DEMO if args.demo else {})}
     skip = {"explicit", "cache_dir", "preset", "resume_from", "no_amp", "no_pin_memory"}
-    if args.demo:
-        skip |= {"data_csv_path", "image_base_dir", "clip_model"}
     words = []
+    if "precision" not in args.explicit:
+        skip.add("precision")
     for key, value in sorted(vars(args).items()):
         if key in skip or value == defaults.get(key) or value is None:
             continue
@@ -2558,7 +2558,8 @@ def changed_flags(args):
             words.append(f"--{key}" if value else f"--no_{key}")
         else:
             text = f"{value:g}" if isinstance(value, float) else str(value)
-            words.append(f"--{key} {shlex.quote(text)}")
+            exact = text if isinstance(value, str) or float(text) == value else repr(value)
+            words.append(f"--{key} {shlex.quote(exact)}")
     return " ".join(words)
 
 
@@ -2688,7 +2689,8 @@ def training_advice(args, log, summary, depth):
     for t, other, name, changes in (
             ("c", "q", "SROCC_C", {"w_q": 0.3, "w_c": 0.7, "residual_scale_c": 0.3}),
             ("q", "c", "SROCC_Q", {"w_q": 0.7, "w_c": 0.3, "residual_scale_q": 0.3})):
-        if needs_work[t] and not needs_work[other]:
+        low = summary["val"][f"srocc_{t}"] <= TIERS[t][-1][1]  # the gap alone is no low score
+        if low and not needs_work[other]:
             found.append(Advice(f"low {name} only", f"validation SROCC Q "
                                 f"{summary['val']['srocc_q']:.3f} ({summary['tier_q']}), C "
                                 f"{summary['val']['srocc_c']:.3f} ({summary['tier_c']})", changes))
@@ -2742,7 +2744,8 @@ def pyplot():
                              "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei",
                              "Microsoft YaHei", "PingFang SC") if name in installed]
     plt.rcParams["font.family"] = ["DejaVu Sans", *cjk]
-    warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    for message in ("Glyph .* missing from", "Matplotlib currently does not support"):
+        warnings.filterwarnings("ignore", message=message)
     return plt
 
 
@@ -3005,6 +3008,8 @@ def scoring_frame(args, saved):
     target = Path(args.predict)
     if target.suffix.lower() == ".csv":
         frame = read_csv(target).reset_index(drop=True)
+        if frame.empty:
+            raise UserError(f"{target} has no rows to score: add one per image.")
         name, prompt = (getattr(args if f"{k}_column" in args.explicit else saved, f"{k}_column")
                         for k in ("name", "prompt"))
         if name not in frame:
@@ -3048,7 +3053,11 @@ def scoring_base(args, saved, target, names):
 def side_prompt(path):
     """Return the text of the .txt file beside an image, "" if there is none."""
     text = path.with_suffix(".txt")
-    return text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
+    try:
+        return text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{text} must be UTF-8, but byte {error.start} is not: save it as "
+                        f"UTF-8.") from error
 
 
 def load_scorer(args):
@@ -3112,8 +3121,11 @@ def predict(args):
         resolve_precision(args, device)
         scores, errors = score_images(scorer.to(device), tokenizer, identity, paths, prompts, args,
                                       device)
+        print_metrics(frame, scores, scales, saved)
+        taken = {name: f"{name}_input" for name in (*SCORE_COLUMNS, "keep") if name in frame}
+        frame = frame.rename(columns=taken)  # a column of the input is never overwritten
         add_scores(frame, scores, errors, scales, args)
-        print_scoring(frame, scores, scales, args, saved)
+        print_scoring(frame)
     text = frame.to_csv(index=False)
     if args.predictions_csv == "-":
         sys.stdout.write(text)
@@ -3135,20 +3147,26 @@ def add_scores(frame, scores, errors, scales, args):
         frame["keep"] = np.logical_and.reduce([frame[n] >= limit for n, limit in limits.items()])
 
 
-def print_scoring(frame, scores, scales, args, saved):
-    """Print what could not be read, how many images pass, and metrics where MOS are given."""
+def print_scoring(frame):
+    """Print how many images could not be read, and how many pass."""
     failed = int((frame["error"] != "").sum())
     if failed:
         print(f"{failed} of {len(frame)} images could not be read: see the column error")
     if "keep" in frame:
         print(f"{int(frame['keep'].sum())} of {len(frame)} images pass")
+
+
+def print_metrics(frame, scores, scales, saved):
+    """Print the metrics of the targets whose human scores the input has."""
     for target, column in (("q", saved.quality_column), ("c", saved.consistency_column)):
         if column in frame:
             mos = pd.to_numeric(frame[column], errors="coerce").to_numpy() / scales[target]
             good = np.isfinite(mos) & np.isfinite(scores[target])
-            pred, mos = scores[target][good], mos[good]
-            print(f"{TITLES[target]}: SROCC {srocc(pred, mos):.4f}, PLCC {plcc(pred, mos):.4f}, "
-                  f"KROCC {krocc(pred, mos):.4f}, RMSE {rmse(pred, mos):.4f} on {len(mos)} images")
+            if good.any():
+                pred, mos = scores[target][good], mos[good]
+                print(f"{TITLES[target]}: SROCC {srocc(pred, mos):.4f}, PLCC "
+                      f"{plcc(pred, mos):.4f}, KROCC {krocc(pred, mos):.4f}, RMSE "
+                      f"{rmse(pred, mos):.4f} on {len(mos)} images")
 
 
 # --- main -----------------------------------------------------------------------------------
@@ -3314,9 +3332,11 @@ def main(argv=None):
         print(f"baseline.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except Interrupted as stopped:
-        print(f"stopped; go on with: python baseline.py --resume_from "
-              f"{Path(args.output_dir, 'baseline_last.pt')}")
-        raise SystemExit(128 + stopped.args[0]) from stopped
+        number, folder = stopped.args
+        again = (f"--resume_from {shlex.quote(str(Path(folder, 'baseline_last.pt')))}"
+                 if args.repeats == 1 else changed_flags(args))
+        print(f"stopped; go on with: python baseline.py {again}")
+        raise SystemExit(128 + number) from stopped
     except KeyboardInterrupt as stopped:
         raise SystemExit(128 + (STOP.signal or signal.SIGINT)) from stopped
     finally:
