@@ -1672,26 +1672,31 @@ class CachedRows:
                                    for i in index)]
 
 
+def leave_signals_to_main(_worker):
+    """Let a worker outlive Ctrl-C and SIGTERM: the main process still needs it for its step.
+
+    Should the main process end without closing it, SIGTERM takes it a minute later all the same.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
 class LiveImages:
     """Decode images in worker processes that stay alive between epochs."""
 
     def __init__(self, dataset, args, device):
+        # The sampler is a plain list: with `self` in a cycle workers would outlive their loader.
         self.batches = []
         workers = min(args.num_workers, os.cpu_count() or 1)
         self.loader = torch.utils.data.DataLoader(
-            dataset, batch_size=None, sampler=self, num_workers=workers,
+            dataset, batch_size=None, sampler=self.batches, num_workers=workers,
             persistent_workers=workers > 0, prefetch_factor=2 if workers else None,
-            pin_memory=args.pin_memory and device.type == "cuda")
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
+            pin_memory=args.pin_memory and device.type == "cuda",
+            worker_init_fn=leave_signals_to_main)
 
     def stream(self, batches):
         """Yield (images, errors) of ImageBatches for each array of row numbers."""
-        self.batches = list(batches)
+        self.batches[:] = batches
         yield from self.loader
 
     def strict(self, batches, csv_rows):
@@ -2169,7 +2174,7 @@ def evaluate_part(run, part):
 def fit(run):
     """Train from run.state's epoch to the last one, keeping the best and the last checkpoint."""
     args, state = run.args, run.state
-    if state["epoch"] == 0:
+    if "start" not in state:
         start_state(run)
     while state["epoch"] < args.epochs and not stopped_early(args, state):
         began = time.perf_counter()
@@ -2210,6 +2215,7 @@ def start_state(run):
               f"{name} {m['srocc_q']:.4f} / {m['srocc_c']:.4f}"
               for name, m in floor_metrics(run, "val").items()))
     save_checkpoint(run, "baseline_best.pt")
+    save_checkpoint(run, "baseline_last.pt")
 
 
 def note_score(args, state, epoch, score):
@@ -2547,7 +2553,7 @@ def archive_old_run(args):
 def changed_flags(args):
     """Return the command-line flags by which a run differs from the defaults, quoted."""
     defaults = {**vars(build_parser().parse_args([])), **(DEMO if args.demo else {})}
-    skip = {"explicit", "cache_dir", "preset", "resume_from", "no_amp", "no_pin_memory"}
+    skip = {"explicit", "cache_dir", "preset", "resume_from", "no_pin_memory"}
     words = []
     if "precision" not in args.explicit:
         skip.add("precision")

@@ -353,7 +353,8 @@ def test_a_run_ends_with_its_own_advice(train, capsys):
         run.folder / "training_log.csv").to_dict("records")]
     args = baseline.parse_args(["--freeze_clip", "--lr", "3e-2", "--epochs", "6", "--dropout", "0",
                                 "--residual_scale_q", "0.02"])
-    want = baseline.training_advice(args, rows, run.summary, 4)
+    want = (baseline.settings_advice(args, 28, 4)
+            + baseline.training_advice(args, rows, run.summary, 4))
     said = [line for line in out.splitlines() if line.endswith("; try")]
     assert want and len(said) == len(want)
     for line, one in zip(said, want):

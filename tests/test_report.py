@@ -232,8 +232,10 @@ def test_the_page_holds_the_command(done):
     got = vars(baseline.parse_args(words[2:]))
     want = read_json(done.folder / "config.json")["arguments"]
     assert want["output_dir"] == str(done.folder) and want["lr"] == 0.003
-    assert {k: v for k, v in got.items() if k not in ("explicit", "cache_dir")} == {
-        k: v for k, v in want.items() if k != "cache_dir"}
+    assert got["precision"] == "auto" and want["precision"] == "fp32"  # said; what it came to
+    aside = ("explicit", "cache_dir", "precision")
+    assert {k: v for k, v in got.items() if k not in aside} == {
+        k: v for k, v in want.items() if k not in aside}
 
 
 def test_the_command_of_a_demo_holds_what_was_said():

@@ -595,14 +595,14 @@ def test_names_that_leave_the_folder_are_refused(score, tmp_path, name):
 
 def test_a_csv_that_is_none_is_refused(score, tmp_path):
     """A CSV in another encoding is named with its remedy."""
-    (tmp_path / "gbk.csv").write_bytes("name,prompt\na.png,一只猫\n".encode("gbk"))
+    (tmp_path / "gbk.csv").write_bytes("name,prompt\na.png,狗\n".encode("gbk"))
     assert_refused(score(tmp_path / "gbk.csv"), "gbk.csv", "UTF-8")
 
 
 def test_a_side_prompt_in_another_encoding_is_named(score, folder, data):
     """A .txt file that is not UTF-8 ends in a message that names it, not in a traceback."""
     path = (folder / data.rows[0]["name"]).with_suffix(".txt")
-    path.write_bytes("一只猫".encode("gbk"))
+    path.write_bytes("狗".encode("gbk"))
     assert_refused(score(folder), path.name, "UTF-8")
 
 
