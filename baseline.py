@@ -92,7 +92,7 @@ PRESETS = {
 DEMO = dict(data_csv_path=str(HERE / "data/demo/data.csv"),
             image_base_dir=str(HERE / "data/demo/images"),
             clip_model=f"local-dir:{HERE / 'data/demo/clip'}",
-            epochs=8, lr=1e-4, head_lr=1e-4, dropout=0.4, batch_size=16, weight_decay=0.05,
+            epochs=5, lr=1e-4, head_lr=1e-4, dropout=0.4, batch_size=16, weight_decay=0.05,
             num_workers=0)
 
 # Flags that only do something together with another one.

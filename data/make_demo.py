@@ -179,6 +179,9 @@ def unrelated_scene(rng, scene):
             return other
 
 
+# Raters see less of the prompt in a spoilt picture: at worst its consistency loses this share.
+QUALITY_IN_ALIGN = 0.5
+
 # How much of the agreement each fault leaves, when the fault is in the whole picture.
 FAULT_KEEPS = {"colour": 0.4, "shape": 0.65, "size": 0.75, "count": 0.65, "swap": 0.8,
                "missing": 0.0, "all": 0.0}
@@ -351,12 +354,12 @@ def make_row(rng, scene, name):
         shown, faults = unrelated_scene(rng, scene), ["all"]
     shown = replace(shown, background=pick(rng, BACKGROUNDS))
     damage = random_damage(rng)
-    fit = agreement(scene, faults)
+    fit, quality = agreement(scene, faults), remaining_quality(damage)
     row = {
         "name": name,
         "prompt": name_scene(scene),
-        "mos_quality": rate(rng, remaining_quality(damage)),
-        "mos_align": rate(rng, fit),
+        "mos_quality": rate(rng, quality),
+        "mos_align": rate(rng, fit * (1 - QUALITY_IN_ALIGN + QUALITY_IN_ALIGN * quality)),
         "explanation": explain(rng, shown, faults, fit, damage),
     }
     return row, damage_image(rng, draw_scene(rng, shown), damage)
