@@ -20,6 +20,7 @@ import argparse
 import base64
 import contextlib
 import csv
+import ctypes
 import difflib
 import hashlib
 import html
@@ -123,6 +124,25 @@ def resolve_precision(args, device):
     if args.precision == "auto":
         half = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
         args.precision = half if device.type == "cuda" else "fp32"
+
+
+def pick_device():
+    """Return the device to compute on: CUDA where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    keep_freed_memory()
+    return torch.device("cpu")
+
+
+def keep_freed_memory():
+    """Let glibc keep the memory of freed tensors instead of giving it back to the system.
+
+    Faulting the pages of large activations in again can take as long as the arithmetic on a CPU.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 # --- command line ---------------------------------------------------------------------------
@@ -2323,7 +2343,7 @@ def adopt_checkpoint_args(args, content, path):
     A named flag that contradicts the checkpoint and would change the result is an error.
     """
     saved = content["args"]
-    resolve_precision(args, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    resolve_precision(args, pick_device())
     clash = [f"--{key} {getattr(args, key)} (checkpoint: {saved[key]})"
              for key in sorted(args.explicit - FREE_FLAGS)
              if key in saved and getattr(args, key) != saved[key]]
@@ -3120,7 +3140,7 @@ def predict(args):
     with contextlib.redirect_stdout(out):
         scorer, tokenizer, identity, saved, scales = load_scorer(args)
         frame, paths, prompts = scoring_frame(args, saved)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = pick_device()
         for name in ("precision", "no_amp"):
             if name not in args.explicit:
                 setattr(args, name, getattr(saved, name))
@@ -3184,7 +3204,7 @@ def set_up(args, table, seed):
     seed: of split, heads, order; the CLIP's random weights (if any) follow args.seed, so that
     repeats share one CLIP and its cache.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     resolve_precision(args, device)
     parts = split_rows(table, args, seed)
     clip, tokenizer, identity = load_clip(args, args.seed)
