@@ -3635,6 +3635,12 @@ def main(argv=None):
         sys.stdout.flush()
         print(f"baseline.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except RuntimeError as error:
+        if WORLD.size == 1 or "by peer" not in str(error):
+            raise
+        WORLD.let_main_speak()
+        print("baseline.py: error: another process of this run has ended", file=sys.stderr)
+        raise SystemExit(1) from error
     except Interrupted as stopped:
         number, folder = stopped.args
         again = (f"--resume_from {shlex.quote(str(Path(folder, 'baseline_last.pt')))}"
