@@ -39,9 +39,9 @@ from pathlib import Path
 sys.path.insert(0, {folder!r})
 import baseline
 world, forward, update = baseline.WORLD, baseline.forward, baseline.apply_update
-leave = world.leave
-world.join()
-world.join, world.leave = lambda: None, world.barrier
+join, leave, rank = world.join, world.leave, int(os.environ["RANK"])
+world.join = lambda: world.size > 1 or join()  # the first command joins, the last one leaves
+commands = json.loads(Path(sys.argv[1]).read_text())
 seen, count = [], []
 def note(run, view, x, model=None):
     if not run.scorer.training:
@@ -49,19 +49,20 @@ def note(run, view, x, model=None):
     return forward(run, view, x, model)
 def apply(run, factor):
     count.append(1)
-    if len(count) == stop and world.rank == 1:
+    if len(count) == stop and rank == 1:
         signal.raise_signal(signal.SIGTERM)
     update(run, factor)
 baseline.forward, baseline.apply_update = note, apply
-for number, (argv, stop) in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+for number, (argv, stop) in enumerate(commands):
+    print("command", number, flush=True)
+    world.leave = leave if number == len(commands) - 1 else world.barrier
     seen.clear(), count.clear()
     status = 0
     try:
         baseline.main(argv)
     except SystemExit as end:
         status = end.code
-    Path(f"{{sys.argv[1]}}.{{number}}.{{world.rank}}").write_text(json.dumps([status, seen]))
-leave()
+    Path(f"{{sys.argv[1]}}.{{number}}.{{rank}}").write_text(json.dumps([status, seen]))
 """
 
 
@@ -97,7 +98,8 @@ def runs(data, clips, tmp_path_factory):
     """Do everything once with one process and once with two; returns the folder of all outputs.
 
     <case>_1, <case>_2: one and two processes; whole: not interrupted; to_2, to_1: interrupted and
-    gone on with as many processes; predictions_1.csv, _2.csv: scores by the checkpoint of frozen_1.
+    gone on with as many processes; predictions_1.csv, _2.csv: scores by the checkpoint of frozen_1;
+    repeats: two repeats by two processes; stdout, stderr: what two processes said.
     """
     folder = tmp_path_factory.mktemp("distributed")
 
@@ -122,14 +124,17 @@ def runs(data, clips, tmp_path_factory):
     baseline.main(predict("predictions_1.csv"))
     commands = [(flags(f"{name}_2", batch, *more), 0) for name, (more, _, batch) in CASES.items()]
     commands += [(go_on("to_2"), 0), (flags("to_1", 4, *LONG), STOP_AT),
-                 (predict("predictions_2.csv"), 0)]
+                 (predict("predictions_2.csv"), 0),
+                 (flags("repeats", 8, "--freeze_clip", "--repeats", 2, "--freeze_layers", 3), 0)]
     (folder / "script.py").write_text(SCRIPT.format(folder=str(Path(PROGRAM).parent)))
     (folder / "commands").write_text(json.dumps(commands))
-    status, _, errors = launch([folder / "script.py", folder / "commands"])
+    status, out, errors = launch([folder / "script.py", folder / "commands"])
     assert status == 0, errors[-3000:]
+    (folder / "stdout").write_text(out)
+    (folder / "stderr").write_text(errors)
     ends = [read_json(folder / f"commands.{i}.{rank}")[0] for i in range(len(commands))
             for rank in (0, 1)]
-    assert ends == [0] * 8 + [143] * 2 + [0] * 2  # both stopped, though one got the signal
+    assert ends == [0] * 8 + [143] * 2 + [0] * 4  # both stopped, though one got the signal
     shot = load(folder / "to_1")["progress"]
     assert shot["epoch"] == 1 and shot["partial"]["update"] == STOP_AT - 4
     baseline.main(go_on("to_1"))
@@ -219,24 +224,22 @@ def test_two_processes_score_what_one_does(runs, data):
             assert float(a[name]) == pytest.approx(float(b[name]), abs=2e-4)
 
 
-def test_one_voice_and_one_set_of_files(flags, tmp_path):
+def test_one_voice_and_one_set_of_files(runs):
     """--repeats: each line is said once, the last one is JSON, nothing half-written is left."""
-    status, out, errors = launch([PROGRAM, *flags("--freeze_clip", "--repeats", 2, "--epochs", 1,
-                                                  "--freeze_layers", 3)])
-    assert status == 0, errors[-3000:]
-    lines = out.splitlines()
+    lines = (runs / "stdout").read_text().split("command 6\n")[1].splitlines()
     assert [line.startswith("{") for line in lines] == [False] * (len(lines) - 1) + [True]
     assert len(json.loads(lines[-1])["repeats"]) == 2
     for text, times in (("epoch   1 ", 2), ("2 processes, 16 images per step", 2),
-                        ("repeat with seed", 2), ("2 of 2 splits", 0), ("val of 2 splits", 1)):
+                        ("repeat with seed", 2), ("val of 2 splits", 1)):
         assert sum(text in line for line in lines) == times, text
-    assert errors.count("--freeze_layers does nothing") == 1
-    assert len(read_csv(tmp_path / "out" / "runs.csv")) == 2
+    errors = (runs / "stderr").read_text()
+    assert errors.count("--freeze_layers does nothing") == 1 and "Traceback" not in errors
+    assert len(read_csv(runs / "repeats" / "runs.csv")) == 2
     for seed in (42, 43):
-        assert sorted(p.name for p in (tmp_path / "out" / f"repeat_{seed}").iterdir()) == [
+        assert sorted(p.name for p in (runs / "repeats" / f"repeat_{seed}").iterdir()) == [
             "baseline_best.pt", "baseline_last.pt", "config.json", "result.json",
             "training_log.csv", "val_predictions.csv"]
-    assert not [p for p in tmp_path.rglob(".*")] and not (tmp_path / "out" / "archive").exists()
+    assert not list(runs.rglob(".*")) and not list(runs.rglob("archive"))
 
 
 # --- when one of them fails -----------------------------------------------------------------
