@@ -383,7 +383,8 @@ def build_parser():
 
     g = parser.add_argument_group("training")
     g.add_argument("--epochs", type=positive_int, default=20, help="passes over the data")
-    g.add_argument("--batch_size", type=positive_int, default=32, help="images per step (of each process)")
+    g.add_argument("--batch_size", type=positive_int, default=32,
+                   help="images per step (of each process)")
     g.add_argument("--grad_accum_steps", type=positive_int, default=1,
                    help="steps per optimiser update")
     g.add_argument("--lr", type=positive, default=3e-5,
@@ -3501,8 +3502,8 @@ def set_up(args, table, seed):
                for t, m in human(table, np.arange(len(table.paths))).items()}
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     state = {"epoch": 0, "best_score": -math.inf, "best_epoch": 0, "waited": 0, "log": []}
-    return Run(args, seed, device, table, parts, identity, scorer, model, images, texts, targets, teacher,
-               floors, make_optimizer(scorer, args, device), scaler, state)
+    return Run(args, seed, device, table, parts, identity, scorer, model, images, texts, targets,
+               teacher, floors, make_optimizer(scorer, args, device), scaler, state)
 
 
 def print_setup(args, table, parts, towers, device, scorer):

@@ -113,8 +113,8 @@ def runs(data, clips, tmp_path_factory):
         return ["--resume_from", str(folder / name / "baseline_last.pt")]
 
     def predict(name):
-        return ["--predict", str(data.csv), "--checkpoint", str(folder / "frozen_1/baseline_best.pt"),
-                "--num_workers", "0", "--image_base_dir", str(data.images), "--batch_size", "7",
+        return ["--predict", str(data.csv), "--checkpoint",
+                str(folder / "frozen_1" / "baseline_best.pt"), "--num_workers", "0", "--image_base_dir", str(data.images), "--batch_size", "7",
                 "--predictions_csv", str(folder / name)]
 
     for name, (more, batch, _) in CASES.items():
