@@ -6,6 +6,7 @@
     python baseline.py --repeats 5 --test_ratio 0.2 --preset A  numbers with a spread
     python baseline.py --resume_from outputs/baseline_last.pt   go on after a kill
     python baseline.py --predict my_images --prompt "a cat"     score your own images
+    torchrun --nproc_per_node=4 baseline.py --preset B          the same on 4 GPUs
 
 CLIP's own score is kept as the base, and a small bounded residual is learned on top:
 
@@ -21,9 +22,12 @@ import base64
 import contextlib
 import csv
 import ctypes
+import datetime
 import difflib
+import functools
 import hashlib
 import html
+import itertools
 import json
 import logging
 import math
@@ -49,7 +53,9 @@ import numpy as np
 import open_clip
 import pandas as pd
 import scipy.stats
+import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip import transform as clip_transform
 from PIL import Image, ImageOps
@@ -110,7 +116,8 @@ class UserError(Exception):
 
 def progress(iterable, what, total):
     """Show a progress bar on a terminal, nothing elsewhere."""
-    return tqdm(iterable, desc=what, total=total, leave=False, disable=not sys.stderr.isatty())
+    return tqdm(iterable, desc=what, total=total, leave=False,
+                disable=WORLD.rank > 0 or not sys.stderr.isatty())
 
 
 def autocast(args, device):
@@ -143,6 +150,122 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+# --- distributed ----------------------------------------------------------------------------
+
+PATIENCE = datetime.timedelta(minutes=30)  # that processes wait for each other, cache included
+
+
+class World:
+    """The processes that torchrun started and what they tell each other; else this one alone.
+
+    rank, size: of all processes; local_rank, local_size: of those on this machine. Only rank 0
+    prints and writes. All but gradients goes through gloo, where a process that died is noticed
+    at once; `everyone` and `node` are its groups of all processes and of this machine's.
+    """
+
+    def __init__(self):
+        self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
+        self.everyone = self.node = None
+        self.tag = ""  # tells this machine's temporary files from another one's on a shared disk
+
+    def join(self):
+        """Enter the process group if torchrun started several processes."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return
+        self.rank, self.size, self.local_rank, self.local_size = (
+            int(os.environ[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        if self.rank:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        cuda = torch.cuda.is_available()
+        if cuda and self.local_rank >= torch.cuda.device_count():
+            raise UserError(f"Each process needs a GPU of its own, but this machine has "
+                            f"{torch.cuda.device_count()} for {self.local_size} processes: lower "
+                            f"--nproc_per_node.")
+        if cuda:
+            torch.cuda.set_device(self.local_rank)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+        self.everyone = dist.new_group(backend="gloo", timeout=PATIENCE)
+        machine = os.environ.get("GROUP_RANK", "0")
+        machines = self.gather([machine])
+        for name in sorted(set(machines)):
+            members = [rank for rank, other in enumerate(machines) if other == name]
+            group = dist.new_group(members, backend="gloo", timeout=PATIENCE)
+            self.node = group if name == machine else self.node
+        self.tag = f"{self.gather([os.getpid()], self.node)[0]}.{machine}"
+
+    def leave(self):
+        """Wait for all, so that no early end makes torchrun stop one that still writes."""
+        if self.everyone is not None:
+            self.barrier()
+            dist.destroy_process_group()
+        self.__init__()
+
+    def barrier(self):
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier(self.everyone)
+
+    def part(self, count, node=False):
+        """Return the slice of `count` things that is this process's share, of all or its node's."""
+        rank, size = (self.local_rank, self.local_size) if node else (self.rank, self.size)
+        return slice(-(-count * rank // size), -(-count * (rank + 1) // size))
+
+    def gather(self, items, group=None):
+        """Return the lists of all processes (of a group) joined in the order of ranks."""
+        if self.size == 1:
+            return items
+        group = group or self.everyone
+        lists = [None] * dist.get_world_size(group)
+        dist.all_gather_object(lists, items, group)
+        return list(itertools.chain.from_iterable(lists))
+
+    def from_main(self, function, *args):
+        """Return on every process what a function returns on rank 0, which alone calls it."""
+        if self.size == 1:
+            return function(*args)
+        box = [function(*args) if self.rank == 0 else None]
+        dist.broadcast_object_list(box, 0, self.everyone)
+        return box[0]
+
+    def largest(self, value):
+        """Return the largest of the processes' integers."""
+        if self.size == 1:
+            return value
+        value = torch.tensor(value)
+        dist.all_reduce(value, dist.ReduceOp.MAX, self.everyone)
+        return int(value)
+
+    @contextlib.contextmanager
+    def first(self, leads):
+        """Let the processes where `leads` is true do something before the others do it."""
+        if not leads:
+            self.barrier()
+        yield
+        if leads:
+            self.barrier()
+
+    def said_once(self):
+        """Return a context in which rank 0 alone writes to stderr."""
+        return contextlib.redirect_stderr(sys.stdout if self.rank else sys.stderr)
+
+    def let_main_speak(self):
+        """Wait a moment before an error that rank 0 may have as well: then it is said once."""
+        if self.rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(2)
+
+
+WORLD = World()
+
+
+def main_only(function):
+    """Make a function do nothing but on rank 0."""
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs) if WORLD.rank == 0 else None
+    return wrapper
 
 
 # --- command line ---------------------------------------------------------------------------
@@ -280,7 +403,8 @@ def build_parser():
 
     g = parser.add_argument_group("training")
     g.add_argument("--epochs", type=positive_int, default=20, help="passes over the data")
-    g.add_argument("--batch_size", type=positive_int, default=32, help="images per step")
+    g.add_argument("--batch_size", type=positive_int, default=32,
+                   help="images per step (of each process)")
     g.add_argument("--grad_accum_steps", type=positive_int, default=1,
                    help="steps per optimiser update")
     g.add_argument("--lr", type=positive, default=3e-5,
@@ -807,7 +931,8 @@ def load_clip(args, seed):
         near = difflib.get_close_matches(args.clip_model, open_clip.list_models(), 3)
         raise UserError(f"--clip_model must be known to open_clip, but {args.clip_model} is not: "
                         f"try {', '.join(near) or 'local-dir:PATH'}.")
-    weights, tag = find_weights(args)
+    with WORLD.first(WORLD.local_rank == 0):  # one process of a machine downloads
+        weights, tag = find_weights(args)
     quick_gelu = bool(args.quick_gelu or tag.get("quick_gelu") or config.get("quick_gelu"))
     if weights == args.pretrained and looks_like_openai(weights) and not quick_gelu:
         print(f"WARNING: {weights} is named like an OpenAI release, which needs QuickGELU: add "
@@ -1341,8 +1466,8 @@ class CLIPScorer(nn.Module):
         s = (f * t).sum(dim=-1)
         q, q_base, q_delta = self.quality(f)
         c, c_base, c_delta = self.consistency(f, t, s)
-        out = {"q": q, "c": c, "q_base": q_base, "c_base": c_base, "q_delta": q_delta,
-               "c_delta": c_delta}
+        out = {"q": q, "c": c, "q_base": q_base.detach(), "c_base": c_base.detach(),
+               "q_delta": q_delta.detach(), "c_delta": c_delta.detach()}
         if self.refinement is not None:
             out["c_coarse"], out["c"] = c, self.refinement(f, t, c)
         if self.explanation is not None:
@@ -1379,7 +1504,8 @@ def losses(out, batch, args):
     Quality and consistency: squared error on the [0, 1] scale, summed over the batch; a refined
     consistency adds the error of its coarse score. Explanation: 1 - cosine to the teacher's
     embedding, over the rows that have one. batch["weight"]: 1 / images (of the whole window),
-    batch["weight_exp"]: 1 / rows with an explanation.
+    batch["weight_exp"]: 1 / rows with an explanation; both times the number of processes, over
+    which the gradients are averaged.
     """
     sums = {"q": F.mse_loss(out["q"], batch["q"], reduction="sum"),
             "c": F.mse_loss(out["c"], batch["c"], reduction="sum")}
@@ -1607,54 +1733,82 @@ def make_room(folder, size, limit):
     return True
 
 
-def cached_array(args, kind, key, count, chunks):
+def cached_array(args, kind, key, count, chunks, first=0):
     """Return a memory-mapped (count, ..) array from the cache, computing and writing it if new.
 
-    chunks: function that yields torch tensors whose rows, in order, are the content. Written to a
+    chunks: function that yields torch tensors whose rows, in order, are the content; of several
+    processes on a machine each yields its share, which begins at row `first`. Written to a
     temporary name and renamed when complete. Returns None where it does not fit the limit or the
     disk, after saying so; raises UserError where a value is not finite.
     """
     path = Path(args.cache_dir, f"{kind}-{key}.npy")
-    if path.exists():
+    if all(WORLD.gather([path.exists()], WORLD.node)):
         os.utime(path)
         return np.load(path, mmap_mode="r")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{WORLD.tag or os.getpid()}")
+    leads = WORLD.local_rank == 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as handle:
-            for number, chunk in enumerate(chunks()):
-                if chunk.is_floating_point() and not torch.isfinite(chunk).all():
-                    raise UserError(f"The {kind} features are not finite in {chunk.dtype}: use "
-                                    f"--precision bf16 or fp32.")
-                rows = (chunk.view(torch.int16) if chunk.dtype == torch.bfloat16
-                        else chunk).numpy()
-                if number == 0 and not write_header(handle, args, rows, count, kind):
-                    return None
-                handle.write(rows.tobytes())
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        print(f"cache: going on without the {kind} cache, it cannot be written ({error})")
-        return None
+        parts = numpy_rows(kind, chunks())
+        head = list(itertools.islice(parts, 1))
+        done = (attempt(kind, leads, begin_cache, temporary, args, head, count)
+                and attempt(kind, True, fill_cache, temporary, head, parts, first)
+                and attempt(kind, leads, os.replace, temporary, path))
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="r") if done else None
 
 
-def write_header(handle, args, rows, count, kind):
-    """Write the .npy header if the array will fit; say so and return False if not."""
-    shape = (count, *rows.shape[1:])
-    size = rows.dtype.itemsize * math.prod(shape)
+def attempt(kind, takes_part, step, *args):
+    """Take a step of writing the cache; return whether it went well on all of this machine.
+
+    step: function that returns why it did not, or None; takes_part: whether this process runs it.
+    """
+    try:
+        reason = step(*args) if takes_part else None
+    except OSError as error:
+        reason = f"it cannot be written ({error})"
+    reasons = [reason for reason in WORLD.gather([reason], WORLD.node) if reason]
+    if reasons:
+        print(f"cache: going on without the {kind} cache, {reasons[0]}")
+    return not reasons
+
+
+def numpy_rows(kind, chunks):
+    """Yield each tensor as numpy, bfloat16 as int16; raise UserError where one is not finite."""
+    for chunk in chunks:
+        if chunk.is_floating_point() and not torch.isfinite(chunk).all():
+            raise UserError(f"The {kind} features are not finite in {chunk.dtype}: use "
+                            f"--precision bf16 or fp32.")
+        yield (chunk.view(torch.int16) if chunk.dtype == torch.bfloat16 else chunk).numpy()
+
+
+def begin_cache(path, args, head, count):
+    """Write the .npy header if the array will fit; return why it does not, or None."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (count, *head[0].shape[1:])
+    size = head[0].dtype.itemsize * math.prod(shape)
     if not make_room(args.cache_dir, size, args.cache_max_gb * 1e9):
-        print(f"cache: going on without the {kind} cache, its {size / 1e9:.2f} GB exceed "
-              f"--cache_max_gb {args.cache_max_gb:g} or the free disk space")
-        return False
-    header = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False,
+        return (f"its {size / 1e9:.2f} GB exceed --cache_max_gb {args.cache_max_gb:g} or the free "
+                f"disk space")
+    header = {"descr": np.lib.format.dtype_to_descr(head[0].dtype), "fortran_order": False,
               "shape": shape}
-    np.lib.format.write_array_header_1_0(handle, header)
-    return True
+    with open(path, "wb") as handle:
+        np.lib.format.write_array_header_1_0(handle, header)
+    return None
+
+
+def fill_cache(path, head, parts, first):
+    """Write this process's rows to their place behind the header."""
+    with open(path, "r+b") as handle:
+        np.lib.format.read_magic(handle)
+        np.lib.format.read_array_header_1_0(handle)
+        for number, rows in enumerate(itertools.chain(head, parts)):
+            if number == 0:
+                handle.seek(first * rows[0].nbytes, os.SEEK_CUR)
+            handle.write(rows.tobytes())
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def prefetch(function, items, depth=2):
@@ -1707,7 +1861,7 @@ class LiveImages:
     def __init__(self, dataset, args, device):
         # The sampler is a plain list: with `self` in a cycle workers would outlive their loader.
         self.batches = []
-        workers = min(args.num_workers, os.cpu_count() or 1)
+        workers = min(args.num_workers, max(1, (os.cpu_count() or 1) // WORLD.local_size))
         self.loader = torch.utils.data.DataLoader(
             dataset, batch_size=None, sampler=self.batches, num_workers=workers,
             persistent_workers=workers > 0, prefetch_factor=2 if workers else None,
@@ -1756,6 +1910,11 @@ class View:
     flip: np.ndarray
     boxes: np.ndarray | None = None
 
+    def part(self, where):
+        """Return a slice of the batch."""
+        return View(self.rows[where], self.flip[where],
+                    None if self.boxes is None else self.boxes[where])
+
 
 def plain_views(rows, batch_size):
     """Return the original views of rows in batches."""
@@ -1763,8 +1922,18 @@ def plain_views(rows, batch_size):
             for i in range(0, len(rows), batch_size)]
 
 
+def node_share(count, batch_size):
+    """Return (this process's share of all rows in batches, its first row) among its machine's.
+
+    The batches are those of a single process, so that the cache is the same, bit for bit.
+    """
+    views = plain_views(np.arange(count), batch_size)
+    own = views[WORLD.part(len(views), node=True)]
+    return own, int(own[0].rows[0]) if own else 0
+
+
 def epoch_views(rows, args, seed, epoch):
-    """Return an epoch's batches: order and views depend on seed and epoch alone.
+    """Return an epoch's batches, of all processes: they depend on seed and epoch alone.
 
     Crops keep 90 to 100 % of the area at the original aspect ratio.
     """
@@ -1777,9 +1946,20 @@ def epoch_views(rows, args, seed, epoch):
         corner = rng.random((len(rows), 2)) * (1 - side[:, None])
         boxes = np.column_stack([corner, side, side])
     flip &= args.augment != "none"
-    cuts = range(0, len(rows), args.batch_size)
-    return [View(order[i:i + args.batch_size], flip[i:i + args.batch_size],
-                 None if boxes is None else boxes[i:i + args.batch_size]) for i in cuts]
+    whole, size = View(order, flip, boxes), args.batch_size * WORLD.size
+    return [whole.part(slice(i, i + size)) for i in range(0, len(rows), size)]
+
+
+def own_share(view):
+    """Return (this process's part of a batch, what it runs).
+
+    Where no row is left for it, it runs one all the same, whose outputs are then dropped: every
+    process has to take part in the reduction of the gradients.
+    """
+    if WORLD.size == 1:
+        return view, view
+    own = view.part(WORLD.part(len(view.rows)))
+    return own, own if len(own.rows) else view.part(slice(1))
 
 
 class ImageInputs:
@@ -1814,25 +1994,29 @@ class ImageInputs:
         key = content_key(kind="image", boundary=self.tower.frozen, views=views,
                           precision=self.args.precision, **key)
 
+        share, first = node_share(self.count, 32)
+
         def chunks():
-            for images in self.all_images("image features"):
+            for images in self.all_images(share, "image features"):
                 yield torch.stack([self.boundary(view).cpu() for view in
                                    (images, images.flip(-1))[:views]], dim=1)
 
-        array = cached_array(self.args, "image", key, self.count, chunks)
+        array = cached_array(self.args, "image", key, self.count, chunks, first)
         return None if array is None else CachedRows(array, self.device)
 
     def cache_pixels(self, key):
         """Return CachedRows (N, 3, H, W) of decoded uint8 images, or None if they do not fit."""
         key = content_key(kind="pixels", preprocess=key["identity"]["preprocess"],
                           files=key["files"])
+        share, first = node_share(self.count, 32)
         array = cached_array(self.args, "pixels", key, self.count,
-                             lambda: self.all_images("decoded images", to_device=False))
+                             lambda: self.all_images(share, "decoded images", to_device=False),
+                             first)
         return None if array is None else CachedRows(array, torch.device("cpu"))
 
-    def all_images(self, what, to_device=True):
-        """Yield the decoded uint8 images of all rows in order, with a progress bar."""
-        batches = [view.rows for view in plain_views(np.arange(self.count), 32)]
+    def all_images(self, views, what, to_device=True):
+        """Yield the decoded uint8 images of some views in order, with a progress bar."""
+        batches = [view.rows for view in views]
         for images in progress(self.live.strict(batches, self.csv_rows), what,
                                len(batches)):
             yield images.to(self.device, non_blocking=True) if to_device else images
@@ -1897,16 +2081,16 @@ class TextInputs:
         """Return CachedRows (U, ..) of the tower's boundary, or None if it does not fit."""
         key = content_key(kind="text", boundary=self.tower.frozen, precision=self.args.precision,
                           identity=identity, ids=hashlib.sha256(self.ids.numpy()).hexdigest())
-        rows = torch.arange(len(self.ids))
+        share, first = node_share(len(self.ids), 64)
         self.end_all = int(self.end.max()) + 1 if self.tower.trims else self.ids.shape[1]
 
         def chunks():
-            for part in progress(rows.split(64), "text features", -(-len(rows) // 64)):
-                x = self.boundary(part)[0].cpu()
+            for view in progress(share, "text features", len(share)):
+                x = self.boundary(torch.from_numpy(view.rows))[0].cpu()
                 grow = self.end_all - x.shape[1] if x.ndim == 3 and x.shape[1] > 1 else 0
                 yield F.pad(x, (0, 0, 0, grow)) if grow else x
 
-        array = cached_array(self.args, "text", key, len(rows), chunks)
+        array = cached_array(self.args, "text", key, len(self.ids), chunks, first)
         return None if array is None else CachedRows(array, self.device)
 
     def fetch(self, prompt_id):
@@ -2005,7 +2189,8 @@ class Stop:
         again, self.signal = self.signal is not None, number
         if again or not self.waits:
             raise KeyboardInterrupt
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        if WORLD.rank == 0:
+            print("\nstopping after this step; once more to stop at once", file=sys.stderr)
 
     def install(self):
         """Catch both signals from now on, where this thread may."""
@@ -2014,11 +2199,16 @@ class Stop:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self.handle)
 
+    def asked(self):
+        """Return the signal that any process has noted, the same on all of them, or 0."""
+        return WORLD.largest(self.signal or 0)
+
     def leave(self, run):
         """Raise Interrupted if a signal was noted; the caller has just saved a checkpoint."""
-        if self.signal is not None:
+        number = self.asked()
+        if number:
             write_log(run)
-            raise Interrupted(self.signal, run.args.output_dir)
+            raise Interrupted(number, run.args.output_dir)
 
 
 STOP = Stop()
@@ -2029,7 +2219,9 @@ class Run:
     """Everything that one training run needs; see set_up.
 
     targets: {"q", "c"} of (N,) scaled MOS on the device; teacher: (U, D) text embeddings of the
-    explanations, or None; state: epoch, best epoch and score, epochs waited, log rows.
+    explanations, or None; model: the scorer as it is trained, which is in torch's
+    DistributedDataParallel where there are several processes; state: epoch, best epoch and
+    score, epochs waited, log rows.
     """
 
     args: SimpleNamespace
@@ -2039,6 +2231,7 @@ class Run:
     parts: dict
     identity: dict
     scorer: CLIPScorer
+    model: nn.Module
     images: ImageInputs
     texts: TextInputs
     targets: dict
@@ -2049,21 +2242,38 @@ class Run:
     state: dict
 
 
-def forward(run, view, x):
-    """Return the scorer's outputs for a View and its image input."""
+def distributed(scorer, table, images, texts, args):
+    """Return the scorer, in DistributedDataParallel where there are several processes.
+
+    Parameters that have no part in the loss (a text decoder, say) are found by one image.
+    """
+    if WORLD.size == 1:
+        return scorer
+    view = plain_views(np.arange(1), 1)[0]
+    with autocast(args, images.device):
+        out = scorer(next(images.stream([view])), *texts.fetch(table.prompt_id[view.rows]))
+    total = sum(value.sum() for value in out.values())
+    trained = [p for p in scorer.parameters() if p.requires_grad]
+    unused = any(g is None for g in torch.autograd.grad(total, trained, allow_unused=True))
+    torch._dynamo.config.optimize_ddp = False  # it cannot split recomputed blocks
+    return nn.parallel.DistributedDataParallel(scorer, find_unused_parameters=unused)
+
+
+def forward(run, view, x, model=None):
+    """Return the outputs of the scorer, or of run.model, for a View and its image input."""
     text, end, inverse = run.texts.fetch(run.table.prompt_id[view.rows])
     with autocast(run.args, run.device):
-        return run.scorer(x, text, end, inverse)
+        return (model or run.scorer)(x, text, end, inverse)
 
 
 def add_targets(run, view, window):
     """Return a batch's targets and weights; window: rows of its whole accumulation window."""
     rows = torch.from_numpy(view.rows).to(run.device)
     batch = {target: run.targets[target][rows] for target in TARGETS}
-    batch["weight"] = 1 / len(window)
+    batch["weight"] = WORLD.size / len(window)
     if run.teacher is not None:
         ids = run.table.explanation_id
-        batch["weight_exp"] = 1 / max(1, int((ids[window] >= 0).sum()))
+        batch["weight_exp"] = WORLD.size / max(1, int((ids[window] >= 0).sum()))
         own = torch.from_numpy(ids[view.rows]).to(run.device)
         batch["has_teacher"] = own >= 0
         batch["teacher"] = run.teacher[own.clamp(min=0)]
@@ -2085,6 +2295,7 @@ def check_finite(run, seen):
                             f"{', '.join(names)}{', ..' if len(view.rows) > 8 else ''}: lower --lr "
                             f"or use --precision bf16 or fp32; the last good checkpoint is in "
                             f"{run.args.output_dir}.")
+    WORLD.barrier()  # nobody goes on, and saves, past a loss that another process refuses
     seen.clear()
 
 
@@ -2093,44 +2304,81 @@ def train_one_epoch(run, epoch):
 
     Accumulation weights each image by 1 / (images of its window), so that a window gives exactly
     the gradient of one big batch, also where the last window is shorter. An epoch that was
-    interrupted goes on after its last update (run.state["partial"]).
+    interrupted goes on after its last update (run.state["partial"]). Of several processes each
+    runs its share of every batch; `sums` and `outputs` hold that until they are pooled.
     """
     args, accumulate = run.args, run.args.grad_accum_steps
     views = epoch_views(run.parts["train"], args, run.seed, epoch)
     updates = -(-len(views) // accumulate)
     partial = run.state.pop("partial", None) or {"update": 0, "sums": {}, "outputs": []}
-    done, sums, outputs = partial["update"], partial["sums"], partial["outputs"]
+    done, (sums, outputs) = partial["update"], unpooled(partial)
     seen = []
     run.scorer.train()
     run.optimizer.zero_grad(set_to_none=True)
-    rest = list(enumerate(views))[done * accumulate:]
-    stream = zip(rest, run.images.stream([view for _, view in rest]))
-    for (step, view), x in progress(stream, f"epoch {epoch}", len(rest)):
-        # Dropout depends on seed and step alone: a resumed run draws what the first would have.
-        torch.manual_seed(((run.seed * 100_003 + epoch) * 1_000_003 + step) % 2 ** 63)
+    rest = [(step, *own_share(view)) for step, view in enumerate(views)][done * accumulate:]
+    stream = zip(rest, run.images.stream([fed for _, _, fed in rest]))
+    for (step, view, fed), x in progress(stream, f"epoch {epoch}", len(rest)):
+        # Dropout depends on seed, step and process alone: a resumed run draws what the first
+        # would have.
+        torch.manual_seed((((run.seed * 100_003 + epoch) * 1_000_003 + step)
+                           + WORLD.rank * 2 ** 40) % 2 ** 63)
         first = step - step % accumulate
         window = np.concatenate([v.rows for v in views[first:first + accumulate]])
-        out = forward(run, view, x)
-        parts, total = losses(out, add_targets(run, view, window), args)
-        run.scaler.scale(total).backward()
+        updates_now = (step + 1) % accumulate == 0 or step + 1 == len(views)
+        with contextlib.nullcontext() if updates_now or WORLD.size == 1 else run.model.no_sync():
+            out = forward(run, fed, x, run.model)
+            if fed is not view:
+                out = {name: value[:0] for name, value in out.items()}
+            parts, total = losses(out, add_targets(run, view, window), args)
+            run.scaler.scale(total).backward()
         for name, value in parts.items():
             sums[name] = sums.get(name, 0) + value.detach()
         outputs.append(torch.stack([out["q"], out["c"]]).detach())
         seen.append((view, total.detach()))
-        if (step + 1) % accumulate and step + 1 < len(views):
+        if not updates_now:
             continue
         apply_update(run, lr_factor((epoch - 1) * updates + done, updates, args))
         done += 1
         if done % FINITE_CHECK == 0 or done == updates:
             check_finite(run, seen)
         keep = args.save_every_steps and done % args.save_every_steps == 0
-        if (keep or STOP.signal) and done < updates:
+        if (keep or STOP.asked()) and done < updates:
             check_finite(run, seen)
-            run.state["partial"] = {"update": done, "sums": sums, "outputs": outputs}
+            average_buffers(run)
+            run.state["partial"] = {"update": done, **pooled(sums, outputs)}
             save_checkpoint(run, "baseline_last.pt")
             STOP.leave(run)
     run.state.pop("partial", None)
-    return epoch_summary(run, views, sums, torch.cat(outputs, dim=1))
+    average_buffers(run)
+    whole = pooled(sums, outputs)
+    return epoch_summary(run, views, whole["sums"], torch.cat(whole["outputs"], dim=1))
+
+
+def pooled(sums, outputs):
+    """Return an epoch's sums and outputs over all processes, the outputs in the order of views."""
+    if WORLD.size > 1:
+        own = {name: value.cpu() for name, value in sums.items()}, [x.cpu() for x in outputs]
+        all_sums, all_outputs = zip(*WORLD.gather([own]))
+        sums = {name: sum(each[name] for each in all_sums) for name in sums}
+        outputs = [torch.cat(step, dim=1) for step in zip(*all_outputs)]
+    return {"sums": sums, "outputs": outputs}
+
+
+def unpooled(partial):
+    """Return (sums, outputs) to go on from, such that pooling gives those of `partial` again."""
+    if WORLD.rank == 0:
+        return partial["sums"], partial["outputs"]
+    return {}, [x[:, :0] for x in partial["outputs"]]
+
+
+def average_buffers(run):
+    """Take the mean of running statistics (BatchNorm's) that training has moved over processes."""
+    if WORLD.size == 1:
+        return
+    for value in run.scorer.trained_state().values():
+        if not isinstance(value, nn.Parameter) and value.is_floating_point():
+            dist.all_reduce(value)
+            value /= WORLD.size
 
 
 def apply_update(run, factor):
@@ -2172,14 +2420,14 @@ def evaluate(run, rows):
     Returns {"q", "c", "q_base", "c_base", "q_delta", "c_delta"} of (n,) float32 numpy arrays.
     """
     run.scorer.eval()
-    views = plain_views(rows, run.args.batch_size)
-    outputs = []
+    views = plain_views(rows[WORLD.part(len(rows))], run.args.batch_size)
+    outputs = [torch.zeros(len(PREDICTIONS), 0, device=run.device)]
     with torch.inference_mode():
         for view, x in progress(zip(views, run.images.stream(views)), "evaluate", len(views)):
             out = forward(run, view, x)
             outputs.append(torch.stack([out[k] for k in PREDICTIONS]).float())
-    return dict(zip(PREDICTIONS, torch.cat(outputs, dim=1).cpu().numpy()))
-
+    outputs = WORLD.gather([torch.cat(outputs, dim=1).cpu()])
+    return dict(zip(PREDICTIONS, torch.cat(outputs, dim=1).numpy()))
 
 
 def evaluate_part(run, part):
@@ -2203,7 +2451,8 @@ def fit(run):
         trained = time.perf_counter() - began
         pred, values = evaluate_part(run, "val")
         row.update({f"val_{name}": value for name, value in values.items()})
-        better = note_score(args, state, epoch, selection_score(values, args.select_by))
+        score = WORLD.from_main(selection_score, values, args.select_by)  # one decision for all
+        better = note_score(args, state, epoch, score)
         state["epoch"] = epoch
         group = run.optimizer.param_groups[0]
         row.update(best=state["best_score"], lr=group["lr"])
@@ -2228,7 +2477,7 @@ def start_state(run):
     """Evaluate epoch 0, which counts as a candidate for the best epoch."""
     values = evaluate_part(run, "val")[1]
     run.state["start"] = values
-    score = selection_score(values, run.args.select_by)
+    score = WORLD.from_main(selection_score, values, run.args.select_by)
     run.state.update(best_score=score, best_epoch=0)
     print(f"epoch   0  before training: val SROCC_Q {values['srocc_q']:.4f}  SROCC_C "
           f"{values['srocc_c']:.4f}   floors: " + "; ".join(
@@ -2301,6 +2550,7 @@ def atomic_path(path):
             temporary.unlink(missing_ok=True)
 
 
+@main_only
 def save_checkpoint(run, name):
     """Write what was trained, and all that an exact resume needs, to output_dir / name."""
     plain = {key: value for key, value in vars(run.args).items() if key != "explicit"}
@@ -2309,7 +2559,7 @@ def save_checkpoint(run, name):
                "split": split_hash(run.table, run.parts, run.args),
                "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
                "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-               "progress": run.state}
+               "progress": run.state, "processes": WORLD.size}
     with atomic_path(Path(run.args.output_dir, name)) as temporary:
         with open(temporary, "wb") as handle:
             torch.save(content, handle)
@@ -2344,6 +2594,7 @@ def adopt_checkpoint_args(args, content, path):
     """
     saved = content["args"]
     resolve_precision(args, pick_device())
+    share_window(args, content, path)
     clash = [f"--{key} {getattr(args, key)} (checkpoint: {saved[key]})"
              for key in sorted(args.explicit - FREE_FLAGS)
              if key in saved and getattr(args, key) != saved[key]]
@@ -2358,6 +2609,29 @@ def adopt_checkpoint_args(args, content, path):
         args.output_dir = str(Path(path).parent)
     if "cache_dir" not in args.explicit:
         args.cache_dir = str(Path(args.output_dir) / "cache")
+
+
+def share_window(args, content, path):
+    """Keep the images of an update where a run goes on with another number of processes.
+
+    What the command line does not name is adapted: steps per update if that is enough, which
+    needs no more memory, else the batch size. The checkpoint's arguments are changed.
+    """
+    if content.get("processes", 1) == WORLD.size:
+        return
+    saved, flags = content["args"], ("batch_size", "grad_accum_steps")
+    batch, steps = (getattr(args, f) if f in args.explicit else saved[f] for f in flags)
+    window = content.get("processes", 1) * saved["batch_size"] * saved["grad_accum_steps"]
+    if "grad_accum_steps" not in args.explicit and window % (batch * WORLD.size) == 0:
+        steps = window // (batch * WORLD.size)
+    elif "batch_size" not in args.explicit and window % (steps * WORLD.size) == 0:
+        batch = window // (steps * WORLD.size)
+    if WORLD.size * batch * steps != window:
+        raise UserError(f"A resumed run must keep the {window} images per update of {path}, but "
+                        f"{WORLD.size} processes x --batch_size {batch} x --grad_accum_steps "
+                        f"{steps} do not: use a number of processes that divides {window}, and "
+                        f"drop these flags.")
+    saved.update(zip(flags, (batch, steps)))
 
 
 def load_trained_state(scorer, state, path):
@@ -2390,6 +2664,7 @@ def resume(run, content, path):
     print(f"resumed {path} after epoch {run.state['epoch']}")
 
 
+@main_only
 def write_table(path, rows, columns):
     """Write dictionaries as a CSV, atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
@@ -2403,6 +2678,7 @@ def write_log(run):
     write_table(Path(run.args.output_dir, run.args.log_csv), run.state["log"], LOG_COLUMNS)
 
 
+@main_only
 def write_json(path, content):
     """Write JSON atomically; NaN becomes null."""
     with atomic_path(path) as temporary:
@@ -2476,8 +2752,9 @@ def finish(run, seconds):
     Returns (predictions of the judged part, summary).
     """
     args = run.args
-    content = load_checkpoint(Path(args.output_dir, "baseline_best.pt"))
-    load_trained_state(run.scorer, content["state"], "baseline_best.pt")
+    best = Path(args.output_dir, "baseline_best.pt")
+    state = WORLD.from_main(lambda: load_checkpoint(best)["state"])
+    load_trained_state(run.scorer, state, "baseline_best.pt")
     summary = {"best_epoch": run.state["best_epoch"], "epochs_run": run.state["epoch"],
                "start": {k: v for k, v in run.state["start"].items() if k != "loss"}}
     judged = [part for part in ("val", "test") if len(run.parts[part])]
@@ -2550,6 +2827,7 @@ def run_files(args):
             "worst.png", "report.html", "tensorboard", "repeats.json", Path(args.log_csv).name]
 
 
+@main_only
 def archive_old_run(args):
     """Move an earlier run's files to archive/<time>/ instead of overwriting them."""
     folder = Path(args.output_dir)
@@ -2595,6 +2873,7 @@ RUN_COLUMNS = (["time", "arguments", "seed", "split", "best_epoch"]
                   for t in TARGETS] + ["gap_q", "gap_c", "seconds", "checkpoint"])
 
 
+@main_only
 def append_run(args, summary):
     """Append one row to <output_dir>/runs.csv in a single write; the file is never rewritten."""
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "arguments": changed_flags(args),
@@ -2848,6 +3127,7 @@ def draw_worst(run, pred, rows, path, count=6):
     save_figure(figure, path)
 
 
+@main_only
 def write_report(run, pred, summary, found):
     """Write curves.png, scatter.png, worst.png and the self-contained report.html."""
     folder, part = Path(run.args.output_dir), judged_part(summary)
@@ -2902,6 +3182,7 @@ REPORT_STYLE = ("body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;
                 "background:#f4f4f4;padding:.6em}")
 
 
+@main_only
 def write_tensorboard(run, summary):
     """Write the log's scalars and the pictures for TensorBoard, if it is installed."""
     try:
@@ -2977,6 +3258,7 @@ def print_repeats(table):
 def repeat_fingerprint(args, table):
     """Return a hash of what the repeats depend on: flags that matter, and the data."""
     flags = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS | {"explicit"}}
+    flags["batch_size"] *= WORLD.size
     data = pd.util.hash_pandas_object(table.frame.astype(str), index=False).to_numpy().tobytes()
     return content_key(flags=flags, data=hashlib.sha256(data).hexdigest())
 
@@ -2992,13 +3274,14 @@ def train_repeats(args, table):
     for seed in range(args.seed, args.seed + args.repeats):
         own = argparse.Namespace(**{**vars(args), "output_dir": str(folder / f"repeat_{seed}")})
         done = Path(own.output_dir, "result.json")
-        if done.exists():
+        if WORLD.from_main(done.exists):
             print(f"\nrepeat with seed {seed}: finished before, kept")
-            summaries.append(nan_json(read_json(done)))
+            summaries.append(nan_json(WORLD.from_main(read_json, done)))
             continue
         print(f"\nrepeat with seed {seed}")
         last = Path(own.output_dir, "baseline_last.pt")
-        summaries.append(train_one_run(own, table, seed, last if last.exists() else None))
+        known = WORLD.from_main(last.exists)
+        summaries.append(train_one_run(own, table, seed, last if known else None))
         append_run(args, summaries[-1])
     result = {**summarise_repeats(summaries), "fingerprint": fingerprint,
               "output_dir": args.output_dir}
@@ -3088,7 +3371,7 @@ def side_prompt(path):
 
 def load_scorer(args):
     """Return (scorer, tokenizer, identity, saved arguments, label scales) of --checkpoint."""
-    content = load_checkpoint(args.checkpoint)
+    content = WORLD.from_main(load_checkpoint, args.checkpoint)
     saved = argparse.Namespace(**content["args"])
     clip, tokenizer, identity = load_clip(saved, saved.seed)
     if identity["weights"] != content["identity"]["weights"]:
@@ -3115,6 +3398,7 @@ def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
                        for rows in torch.arange(len(unique)).split(64)])
     live = LiveImages(ImageBatches(paths, identity["preprocess"]), args, device)
     batches = np.array_split(np.arange(len(paths)), -(-len(paths) // args.batch_size))
+    batches = batches[WORLD.part(len(batches))]
     keys, out, errors = PREDICTIONS[:4], [], {}
     for rows, (images, bad) in progress(zip(batches, live.stream(batches)), "score", len(batches)):
         with autocast(args, device):
@@ -3123,7 +3407,8 @@ def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
         scores = scorer.score(f, t[torch.from_numpy(index[rows]).to(device)])
         out.append(torch.stack([scores[key] for key in keys]).float().cpu())
         errors.update(bad)
-    scores = dict(zip(keys, torch.cat(out, dim=1).numpy()))
+    scores = dict(zip(keys, torch.cat(WORLD.gather(out), dim=1).numpy()))
+    errors = dict(WORLD.gather(list(errors.items())))
     without = np.array([not prompt.strip() for prompt in prompts])
     for key in keys:
         scores[key][list(errors)] = np.nan
@@ -3136,7 +3421,7 @@ def predict(args):
 
     0, or 1 where an image could not be read (the others are scored all the same).
     """
-    out = sys.stderr if args.predictions_csv == "-" else sys.stdout
+    out = sys.stderr if args.predictions_csv == "-" and WORLD.rank == 0 else sys.stdout
     with contextlib.redirect_stdout(out):
         scorer, tokenizer, identity, saved, scales = load_scorer(args)
         frame, paths, prompts = scoring_frame(args, saved)
@@ -3152,6 +3437,8 @@ def predict(args):
         frame = frame.rename(columns=taken)  # a column of the input is never overwritten
         add_scores(frame, scores, errors, scales, args)
         print_scoring(frame)
+    if WORLD.rank:
+        return 0
     text = frame.to_csv(index=False)
     if args.predictions_csv == "-":
         sys.stdout.write(text)
@@ -3208,6 +3495,8 @@ def set_up(args, table, seed):
     resolve_precision(args, device)
     parts = split_rows(table, args, seed)
     clip, tokenizer, identity = load_clip(args, args.seed)
+    if WORLD.size > 1 and device.type == "cuda":  # statistics of the whole batch
+        clip = timm.layers.convert_sync_batchnorm(clip)
     towers = {"image": image_tower(clip), "text": text_tower(clip)}
     freeze_towers(clip, towers, args)
     torch.manual_seed(seed)
@@ -3231,6 +3520,7 @@ def set_up(args, table, seed):
         train = parts["train"]
         calibrate(scorer, floors, (f * t).sum(-1)[train],
                   torch.from_numpy(table.consistency[train]))
+    model = distributed(scorer, table, images, texts, args)
     for tower in towers.values():
         tower.checkpointing = args.grad_checkpointing
         tower.finish = torch.compile(tower.finish) if args.compile else tower.finish
@@ -3238,8 +3528,8 @@ def set_up(args, table, seed):
                for t, m in human(table, np.arange(len(table.paths))).items()}
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     state = {"epoch": 0, "best_score": -math.inf, "best_epoch": 0, "waited": 0, "log": []}
-    return Run(args, seed, device, table, parts, identity, scorer, images, texts, targets, teacher,
-               floors, make_optimizer(scorer, args, device), scaler, state)
+    return Run(args, seed, device, table, parts, identity, scorer, model, images, texts, targets,
+               teacher, floors, make_optimizer(scorer, args, device), scaler, state)
 
 
 def print_setup(args, table, parts, towers, device, scorer):
@@ -3256,6 +3546,8 @@ def print_setup(args, table, parts, towers, device, scorer):
     heads = sum(p.numel() for n, p in scorer.named_parameters() if not n.startswith("clip."))
     print(f"heads: {heads / 1e6:.2f} M parameters; device {device}, {args.precision}, lr "
           f"{args.lr:g} (heads {head_lr(args):g})")
+    if WORLD.size > 1:
+        print(f"{WORLD.size} processes, {WORLD.size * args.batch_size} images per step")
     print_advice(args, settings_advice(args, len(parts["train"]), towers["image"].depth))
     if args.use_refinement and not args.no_residual_learning or (
             args.use_two_branch and not args.no_residual_learning):
@@ -3270,7 +3562,7 @@ def frozen_embeddings(images, texts, table, identity, args):
     Cached on disk where the images' own features are not the embeddings already.
     """
     images.scorer.eval()
-    views = plain_views(np.arange(len(table.paths)), 64)
+    views, first = node_share(len(table.paths), 64)
 
     def chunks():
         for x in progress(images.stream(views), "embeddings", len(views)):
@@ -3280,8 +3572,9 @@ def frozen_embeddings(images, texts, table, identity, args):
     key = content_key(kind="embedding", identity=identity, files=file_stamps(table.paths))
     cached = None
     if images.tower.frozen != "all" and args.cache != "off":
-        cached = cached_array(args, "embedding", key, len(table.paths), chunks)
-    f = torch.from_numpy(np.array(cached)) if cached is not None else torch.cat(list(chunks()))
+        cached = cached_array(args, "embedding", key, len(table.paths), chunks, first)
+    f = (torch.from_numpy(np.array(cached)) if cached is not None
+         else torch.cat(WORLD.gather(list(chunks()), WORLD.node)))
     t = []
     for rows in np.array_split(np.arange(len(table.prompts)), -(-len(table.prompts) // 64)):
         x, end, _ = texts.fetch(rows)
@@ -3300,7 +3593,7 @@ def train_one_run(args, table, seed, checkpoint=None):
     run = set_up(args, table, seed)
     write_config(run)
     if checkpoint is not None:
-        resume(run, load_checkpoint(checkpoint), checkpoint)
+        resume(run, WORLD.from_main(load_checkpoint, checkpoint), checkpoint)
     STOP.waits = True
     try:
         fit(run)
@@ -3309,6 +3602,7 @@ def train_one_run(args, table, seed, checkpoint=None):
     return conclude(run, time.perf_counter() - began)
 
 
+@main_only
 def move_in(args):
     """Prepare an output_dir that is not the checkpoint's own: archive it, copy the best epoch."""
     source, target = Path(args.resume_from).parent, Path(args.output_dir)
@@ -3323,9 +3617,12 @@ def move_in(args):
 def train(args):
     """Train as the arguments say; returns the summary that is also printed as JSON."""
     if args.resume_from:
-        content = load_checkpoint(args.resume_from)
+        content = WORLD.from_main(checkpoint_settings, args.resume_from)
         adopt_checkpoint_args(args, content, args.resume_from)
     table = load_table(args)
+    if WORLD.size > 1 and len(set(WORLD.gather([repeat_fingerprint(args, table)]))) > 1:
+        raise UserError("All processes must see the same data with the same flags, but they do "
+                        "not: copy the CSV to every machine and give the same command on each.")
     if args.repeats > 1:
         return train_repeats(args, table)
     if args.resume_from:
@@ -3338,30 +3635,45 @@ def train(args):
     return summary
 
 
+def checkpoint_settings(path):
+    """Return a checkpoint's settings, without its tensors."""
+    content = load_checkpoint(path)
+    return {key: content[key] for key in ("args", "seed")} | {
+        "processes": content.get("processes", 1)}
+
+
 def main(argv=None):
     """Run the command line; returns the summary.
 
     Errors of the user end with status 2; SIGINT and SIGTERM with 130 and 143, after saving.
     """
-    args = parse_args(argv)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     STOP.install()
     try:
-        if args.predict:
-            status = predict(args)
-            if status:
-                raise SystemExit(status)
-            return None
-        summary = train(args)
+        WORLD.join()
+        with WORLD.first(WORLD.rank == 0), WORLD.said_once():
+            args = parse_args(argv)
+        status, summary = (predict(args), None) if args.predict else (0, train(args))
+        WORLD.leave()
+        if status:
+            raise SystemExit(status)
     except UserError as error:
+        WORLD.let_main_speak()
         sys.stdout.flush()
         print(f"baseline.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except RuntimeError as error:
+        if WORLD.size == 1 or "by peer" not in str(error):
+            raise
+        WORLD.let_main_speak()
+        print("baseline.py: error: another process of this run has ended", file=sys.stderr)
+        raise SystemExit(1) from error
     except Interrupted as stopped:
         number, folder = stopped.args
         again = (f"--resume_from {shlex.quote(str(Path(folder, 'baseline_last.pt')))}"
                  if args.repeats == 1 else changed_flags(args))
         print(f"stopped; go on with: python baseline.py {again}")
+        WORLD.leave()
         raise SystemExit(128 + number) from stopped
     except KeyboardInterrupt as stopped:
         raise SystemExit(128 + (STOP.signal or signal.SIGINT)) from stopped
@@ -3369,7 +3681,8 @@ def main(argv=None):
         for number, handler in handlers.items():
             if threading.current_thread() is threading.main_thread():
                 signal.signal(number, handler)
-    print(json.dumps(finite_json(summary)))
+    if summary is not None:
+        print(json.dumps(finite_json(summary)))
     return summary
 
 
