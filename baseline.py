@@ -1707,7 +1707,14 @@ def read_cache(path, count):
 
 
 def make_room(folder, size, limit):
-    """Delete the least recently used cache files until `size` bytes fit; return whether they do."""
+    """Delete the least recently used cache files until `size` bytes fit; return whether they do.
+
+    What killed runs left half-written goes first, an hour after its last byte.
+    """
+    for half in Path(folder).glob(".*.npy.*"):
+        with contextlib.suppress(OSError):  # another run may have finished or deleted it
+            if time.time() - half.stat().st_mtime > 3600:
+                half.unlink()
     if size > limit or size > shutil.disk_usage(folder).free:
         return False
     files = sorted(Path(folder).glob("*.npy"), key=lambda file: file.stat().st_mtime)
@@ -2430,7 +2437,7 @@ def writing(path):
 def atomic_path(path):
     """Yield a temporary path that replaces `path` when the block ends well, and is gone if not."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # what a killed run left is written over
     try:
         with writing(path):
             yield temporary
