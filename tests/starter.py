@@ -3,15 +3,19 @@
 The process has imported, but never computed, so its forks begin as a fresh one would. Each request
 comes through the socket on standard input: a JSON object {"argv", "tamper"}, with three files: the
 fork's standard output, its standard error, and where its process id and, in the end, its status
-are written. The fork ends as any Python program does, or by a signal.
+are written. The fork ends by a signal, or as any Python program does, but for the seconds in which
+Python would tear a thousand modules down.
 """
 
+import atexit
+import gc
 import json
 import os
 import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -78,7 +82,16 @@ def run(request, files):
     name, *more = request["tamper"] or [None]
     if name:
         {"slow": slow, "kill": kill}[name](*more)
-    baseline.main(request["argv"])
+    status = 0
+    try:
+        baseline.main(request["argv"])
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()  # ends worker processes, as every exit does
+    os._exit(status)
 
 
 def keep(request, files):
@@ -86,7 +99,7 @@ def keep(request, files):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if not pid:
-        return run(request, files)
+        run(request, files)
     for file in files[:2]:
         os.close(file)
     os.write(files[2], f"{pid}\n".encode())
@@ -106,11 +119,11 @@ def serve():
             if not os.fork():
                 requests.close()
                 keep(json.loads(content), files)
-                return
             for file in files:
                 os.close(file)
             requests.send(b".")
 
 
 if __name__ == "__main__":
+    gc.freeze()  # collecting in a fork would copy the memory of all that was imported
     serve()

@@ -315,12 +315,12 @@ LONG = [*PARTIAL, "--lr", "1e-3", "--dropout", "0.2", "--batch_size", "4", "--ep
 
 
 @pytest.fixture(scope="module")
-def whole(data, clips, tmp_path_factory):
+def whole(data, clips, tmp_path_factory, starter):
     """Train without a break in a process of its own; returns (output folder, command)."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     command = ["--data_csv_path", data.csv, "--image_base_dir", data.images, "--clip_model",
                f"local-dir:{clips()}", "--num_workers", 0, "--no_plots", *LONG]
-    program = Program(fresh([str(word) for word in [*command, "--output_dir", folder]]))
+    program = Program(starter.start([str(w) for w in [*command, "--output_dir", folder]], ()))
     assert program.finish(300) == 0, program.said[-2000:]
     return folder, command
 
