@@ -3367,12 +3367,10 @@ def predict(args):
         scores, errors = score_images(scorer.to(device), tokenizer, identity, paths, prompts, args,
                                       device)
         print_metrics(frame, scores, scales, saved)
-        taken = {name: f"{name}_input" for name in (*SCORE_COLUMNS, "keep") if name in frame}
-        frame = frame.rename(columns=taken)  # a column of the input is never overwritten
+        frame = rename_taken(frame)
         add_scores(frame, scores, errors, scales, args)
         print_scoring(frame)
-    cells = frame.astype(object).where(frame.notna(), "").to_numpy()
-    text = csv_text(cells, frame.columns)
+    text = frame_csv(frame)
     if args.predictions_csv == "-":
         sys.stdout.write(text)
     else:
@@ -3380,6 +3378,22 @@ def predict(args):
             temporary.write_text(text, encoding="utf-8", newline="")
         print(f"{len(frame)} rows written to {args.predictions_csv}")
     return 1 if errors else 0
+
+
+def rename_taken(frame):
+    """Rename the input's columns that are called as ours: none of it is ever overwritten."""
+    names = list(frame.columns)
+    for name in (*SCORE_COLUMNS, "keep"):
+        other = f"{name}_input"
+        while other in names:
+            other += "_input"
+        names = [other if old == name else old for old in names]
+    return frame.set_axis(names, axis=1)
+
+
+def frame_csv(frame):
+    """Return a DataFrame as the text of a CSV, empty where a number is NaN."""
+    return csv_text(frame.astype(object).where(frame.notna(), "").to_numpy(), frame.columns)
 
 
 def add_scores(frame, scores, errors, scales, args):
