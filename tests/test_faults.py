@@ -308,7 +308,6 @@ def test_a_damaged_checkpoint_is_named_and_the_other_offered(train, refused, dat
                    "--predictions_csv", str(folder / "scores.csv"), "--num_workers", "0"])
     assert len(read_csv(folder / "scores.csv")) == 36
     (folder / other).unlink()
-    damage(folder / name)
     said = refused("--resume_from", folder / name)
     assert other not in said and "train again" in said
 
@@ -429,6 +428,13 @@ def test_a_damaged_cache_is_computed_again(train, capsys, tmp_path, damage, mode
     assert all(f"{tmp_path / 'cache' / name} is damaged" in said for name in files)
     assert same_tensors(load(whole.folder)["state"], load(again.folder)["state"])
     assert content(tmp_path / "cache") == files and not (tmp_path / "exploded").exists()
+
+
+def test_rows_with_more_cells_than_columns_are_refused(refused, own):
+    """Pandas would take the first cells as an index, and every value for its neighbour's."""
+    head, *lines = Path(own.csv).read_text(encoding="utf-8").splitlines()
+    Path(own.csv).write_text("\n".join([head, *(f"{line},more" for line in lines)]))
+    assert "more cells" in refused(data=own)
 
 
 # --- folders, links, formulas ---------------------------------------------------------------

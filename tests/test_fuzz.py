@@ -147,7 +147,7 @@ def test_any_rows_to_score(place, rows, columns, suffix):
     pd.DataFrame(rows, columns=columns).to_csv(target, index=False, errors="replace")
     saved = SimpleNamespace(name_column="name", prompt_column="prompt", image_base_dir=str(place))
     with ours():
-        args = csv_flags(place, "--predict", str(target))
+        args = baseline.parse_args(["--predict", str(target)])
         frame, paths, prompts = baseline.scoring_frame(args, saved)
         assert len(frame) == len(paths) == len(prompts) > 0
         scores = {key: np.full(len(frame), 0.5, np.float32) for key in baseline.PREDICTIONS[:4]}
