@@ -65,7 +65,7 @@ from tqdm import tqdm
 # --- constants ------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-FORMAT, FORMAT_VERSION = "baseline-aigiqa", 1
+FORMAT, FORMAT_VERSION = "baseline-aigiqa", 2
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOS_SCALES = (1.0, 5.0, 10.0, 100.0)
 METRICS = ("srocc", "plcc", "krocc", "rmse")
@@ -2447,6 +2447,28 @@ def atomic_path(path):
             temporary.unlink(missing_ok=True)
 
 
+def without_log(state):
+    """Return a run's state without its log, which is saved as text."""
+    return {key: value for key, value in state.items() if key not in ("log", "log_lines")}
+
+
+def log_text(state):
+    """Return the log as the text of a CSV.
+
+    Each row becomes text once: an epoch costs as much after thousands of others as after one.
+    """
+    lines = state.setdefault("log_lines", [])
+    lines += [csv_text([[row[name] for name in LOG_COLUMNS]], LOG_COLUMNS, header=False)
+              for row in state["log"][len(lines):]]
+    return csv_text([], LOG_COLUMNS) + "".join(lines)
+
+
+def read_log(text):
+    """Return the rows of log_text."""
+    return [{name: int(value) if name == "epoch" else float(value) for name, value in row.items()}
+            for row in csv.DictReader(io.StringIO(text))]
+
+
 def save_checkpoint(run, name):
     """Write what was trained, and all that an exact resume needs, to output_dir / name."""
     plain = {key: value for key, value in vars(run.args).items() if key != "explicit"}
@@ -2455,7 +2477,7 @@ def save_checkpoint(run, name):
                "split": split_hash(run.table, run.parts, run.args),
                "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
                "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-               "progress": run.state}
+               "progress": {**without_log(run.state), "log": log_text(run.state)}}
     with atomic_path(Path(run.args.output_dir, name)) as temporary:
         with open(temporary, "wb") as handle:
             try:
@@ -2554,7 +2576,8 @@ def resume(run, content, path):
     load_trained_state(run.scorer, content["state"], path)
     run.optimizer.load_state_dict(content["optimizer"])
     run.scaler.load_state_dict(content["scaler"])
-    run.state.update(content["progress"])
+    progress = content["progress"]
+    run.state.update(without_log(progress), log=read_log(progress["log"]), log_lines=[])
     partial = run.state.get("partial")
     if partial:
         partial["outputs"] = [part.to(run.device) for part in partial["outputs"]]
@@ -2594,7 +2617,8 @@ def write_table(path, rows, columns):
 
 def write_log(run):
     """Write the log: one row per epoch, from the state that the checkpoint also holds."""
-    write_table(Path(run.args.output_dir, run.args.log_csv), run.state["log"], LOG_COLUMNS)
+    with atomic_path(Path(run.args.output_dir, run.args.log_csv)) as temporary:
+        temporary.write_text(log_text(run.state), encoding="utf-8", newline="")
 
 
 def write_json(path, content):

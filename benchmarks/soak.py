@@ -33,7 +33,7 @@ def epochs_done(log):
 
 
 def watch(folder, epochs, interval):
-    """Run the demo; returns (status, [(epochs done, MB, open files)] while it trained)."""
+    """Run the demo; returns (status, [(epochs done, MB, open files, time)] while it trained)."""
     command = [sys.executable, str(PROGRAM), "--demo", "--freeze_clip", "--epochs", str(epochs),
                "--no_plots", "--output_dir", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -43,10 +43,16 @@ def watch(folder, epochs, interval):
         done = epochs_done(folder / "training_log.csv")
         try:
             if 0 < done < epochs:
-                samples.append((done, *sample(process.pid)))
+                samples.append((done, *sample(process.pid), time.monotonic()))
         except (FileNotFoundError, StopIteration):  # it has just ended
             break
     return process.wait(), samples
+
+
+def pace(samples):
+    """Return the seconds per epoch between the first and the last of some samples."""
+    (first, *_, begin), (last, *_, end) = samples[0], samples[-1]
+    return (end - begin) / max(1, last - first)
 
 
 def main():
@@ -59,20 +65,17 @@ def main():
         folder = Path(place, "out")
         status, samples = watch(folder, args.epochs, args.interval)
         left = [path for path in folder.rglob("*") if path.name.startswith(".")]
-        log = (folder / "training_log.csv").read_text(encoding="utf-8").splitlines()
+        done = epochs_done(folder / "training_log.csv")
     warm = [s for s in samples if s[0] >= args.epochs / 5]
-    tenth = max(1, len(warm) // 10)
+    tenth = max(2, len(warm) // 10)
     begin, end = (statistics.median(s[1] for s in part) for part in (warm[:tenth], warm[-tenth:]))
     growth = end / begin - 1
-    column = log[0].split(",").index("seconds")
-    seconds = [float(line.split(",")[column]) for line in log[1:]]
-    tenth = max(1, len(seconds) // 10)
-    print(f"status {status}, {len(seconds)} epochs, {len(samples)} samples")
+    print(f"status {status}, {done} epochs, {len(samples)} samples")
     print(f"memory after warm-up: {begin:.1f} MB to {end:.1f} MB, {growth:+.2%}")
     print(f"open files: {min(s[2] for s in warm)} to {max(s[2] for s in warm)}")
     print(f"temporary files left: {len(left)}")
-    print(f"seconds per epoch (median): first tenth {statistics.median(seconds[:tenth]):.4f}, "
-          f"last tenth {statistics.median(seconds[-tenth:]):.4f}")
+    print(f"seconds per epoch, saving included: {pace(samples[:tenth]):.4f} in the beginning, "
+          f"{pace(samples[-tenth:]):.4f} in the end")
     return int(status != 0 or growth >= 0.02 or bool(left))
 
 

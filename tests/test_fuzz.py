@@ -141,6 +141,7 @@ def is_number(text):
 @fuzz(400)
 @given(ROWS, st.lists(st.sampled_from([*COLUMNS, "quality", "quality_input", "error", "=x", ""]),
                       min_size=5, max_size=5), st.sampled_from([".csv", ".txt", "", ".png"]))
+@example([("x" * 5000, "a cat", "1", "1", "")], COLUMNS, ".csv")  # longer than a name may be
 def test_any_rows_to_score(place, rows, columns, suffix):
     """Any target is one image per row and a CSV without formulas, or is refused."""
     target = place / f"score{suffix}"
