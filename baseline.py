@@ -24,9 +24,11 @@ import csv
 import ctypes
 import datetime
 import difflib
+import errno
 import functools
 import hashlib
 import html
+import io
 import itertools
 import json
 import logging
@@ -43,6 +45,8 @@ import textwrap
 import threading
 import time
 import warnings
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +71,14 @@ from tqdm import tqdm
 # --- constants ------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-FORMAT, FORMAT_VERSION = "baseline-aigiqa", 1
+FORMAT, FORMAT_VERSION = "baseline-aigiqa", 2
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOS_SCALES = (1.0, 5.0, 10.0, 100.0)
 METRICS = ("srocc", "plcc", "krocc", "rmse")
 TARGETS = ("q", "c")
 METRIC_NAMES = tuple(f"{metric}_{target}" for metric in METRICS for target in TARGETS)
+MOST_SKIPPED = 0.05  # share of the images that --skip_bad_images leaves out at most
+MOST_NARROW = 100  # longer side of an image divided by its shorter one
 
 # Lower edges of SROCC and upper edges of the Train-Val Gap, best tier first.
 TIERS = {
@@ -300,7 +306,7 @@ def number(low, high=math.inf, kind=float, open_low=False):
     """Return an argparse type that accepts a finite number from low (open_low: above it) to high."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or (open_low and value == low) or not math.isfinite(value):
+        if not low <= value <= high or (open_low and value == low) or value == math.inf:
             edge = "above" if open_low else "at least"
             limit = "" if high == math.inf else f" and at most {high:g}"
             raise argparse.ArgumentTypeError(f"must be {edge} {low:g}{limit}, got {text}")
@@ -355,6 +361,9 @@ def build_parser():
                    help="share of images in the validation part")
     g.add_argument("--test_ratio", type=number(0, 0.9), default=0.0,
                    help="share of images in the test part, used once at the end; 0: none")
+    g.add_argument("--skip_bad_images", action="store_true",
+                   help="go on without images that are missing or unreadable (at most 5 %%) and "
+                        "list them in skipped.csv; they are decoded once more, at the start")
     g.add_argument("--resize_mode", choices=("shortest", "squash", "longest"),
                    help="how an image reaches the square input: crop, squash or pad; "
                         "not given: as the model was trained")
@@ -546,6 +555,7 @@ class Table:
     explanations, explanation_id: unique non-empty explanations; (N,) index, -1 where empty
     quality, consistency: (N,) float32 human MOS divided by the label scale, NaN where unknown
     scales: {"q": .., "c": ..} label scales
+    skipped: what --skip_bad_images left out, as rows of skipped.csv
     """
 
     frame: pd.DataFrame
@@ -557,6 +567,7 @@ class Table:
     quality: np.ndarray
     consistency: np.ndarray
     scales: dict
+    skipped: tuple = ()
 
 
 def read_csv(path):
@@ -564,7 +575,7 @@ def read_csv(path):
 
     Returns a DataFrame of strings without blank rows, its index the row in the CSV (header: 1).
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"The CSV must exist, but there is no file {path}: give its place with "
                         f"--data_csv_path, or see it work with --demo.")
     try:
@@ -576,6 +587,9 @@ def read_csv(path):
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
         raise UserError(f"{path} is not a readable CSV ({str(error).strip()}): its first line must "
                         f"name the columns, and texts with commas need quotes.") from error
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what is too much as an index
+        raise UserError(f"{path} is not a readable CSV: its rows have more cells than its first "
+                        f"line has columns; name every column, and quote texts with commas.")
     frame.index = np.arange(2, len(frame) + 2)
     return frame[(frame != "").any(axis=1)]
 
@@ -599,6 +613,7 @@ def check_names(frame, args):
     blank = names.str.strip() == ""
     outside = ~blank & ~names.map(lambda name: "\0" not in name and inside(base, name))
     missing = ~blank & ~outside & ~names.map(lambda name: os.path.isfile(base / name))
+    missing &= not args.skip_bad_images  # there they count as unreadable
     rows = frame.index.to_series()
     return [
         ("empty image names", rows[blank], "fill them in or remove the rows"),
@@ -666,11 +681,33 @@ def load_table(args):
     scale_c, problems_c = check_mos(frame, args.consistency_column, args.label_scale_c,
                                     "label_scale_c")
     raise_problems(args.data_csv_path, check_names(frame, args) + problems_q + problems_c)
-    frame = frame.sort_values(args.name_column)
-    return make_table(frame, args, {"q": scale_q, "c": scale_c})
+    frame, skipped = frame.sort_values(args.name_column), ()
+    if args.skip_bad_images:
+        frame, skipped = WORLD.from_main(drop_bad_images, frame, args)
+    return make_table(frame, args, {"q": scale_q, "c": scale_c}, skipped)
 
 
-def make_table(frame, args, scales):
+def drop_bad_images(frame, args):
+    """Decode every image once; return (the rows that can be read, rows of skipped.csv)."""
+    paths = [Path(args.image_base_dir, name) for name in frame[args.name_column]]
+    loader = torch.utils.data.DataLoader(ReadErrors(paths), batch_size=None,
+                                         num_workers=min(args.num_workers, os.cpu_count() or 1))
+    reasons = list(progress(loader, "reading every image", len(paths)))
+    skipped = [{"name": name, "row": row, "reason": reason} for name, row, reason in
+               zip(frame[args.name_column], frame.index, reasons) if reason]
+    if len(skipped) > MOST_SKIPPED * len(frame):
+        first = ", ".join(f"{bad['name']} (CSV row {bad['row']}: {bad['reason']})"
+                          for bad in skipped[:3])
+        raise UserError(f"--skip_bad_images leaves out {MOST_SKIPPED:.0%} of the images at most, "
+                        f"but {len(skipped)} of {len(frame)} cannot be read: {first}"
+                        f"{', ..' if len(skipped) > 3 else ''}; check --image_base_dir and the "
+                        f"files.")
+    print(f"{len(skipped)} of {len(frame)} images cannot be read and are left out"
+          + (": see skipped.csv" if skipped else ""))
+    return frame[[not reason for reason in reasons]], skipped
+
+
+def make_table(frame, args, scales, skipped=()):
     """Turn a validated CSV into a Table (see there)."""
     prompts, prompt_id = unique_texts(frame[args.prompt_column])
     explanations, explanation_id = [], np.full(len(frame), -1)
@@ -682,7 +719,7 @@ def make_table(frame, args, scales):
            for target, column in (("q", args.quality_column), ("c", args.consistency_column))}
     paths = [Path(args.image_base_dir, name) for name in frame[args.name_column]]
     return Table(frame, paths, prompts, prompt_id, explanations, explanation_id,
-                 mos["q"], mos["c"], scales)
+                 mos["q"], mos["c"], scales, skipped)
 
 
 def split_rows(table, args, seed):
@@ -723,17 +760,59 @@ def split_hash(table, parts, args):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+class ImageError(ValueError):
+    """Say why a file is no readable image."""
+
+
 def load_image(path):
     """Return the image as RGB, upright as its EXIF says, the first frame where it is animated.
 
-    16-bit greyscale is scaled to 8 bits (Pillow would clip it). Raises OSError, ValueError,
-    SyntaxError or Image.DecompressionBombError where the file is no readable image.
+    16-bit greyscale is scaled to 8 bits (Pillow would clip it). Raises ImageError where the file
+    is no readable image, or one so large or so narrow that it would fill the memory.
     """
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).astype(np.uint8))
-        return image.convert("RGB")
+    try:
+        with warnings.catch_warnings():
+            # Pillow itself refuses a decompression bomb at twice its limit only.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            short, long = sorted(image.size)
+            if long > MOST_NARROW * short:  # resizing the short side would blow the long one up
+                raise ImageError(f"it has {image.width} x {image.height} pixels, and the longer "
+                                 f"side may be {MOST_NARROW} times the shorter at most")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                grey = np.asarray(image, dtype=np.float64) / 257
+                image = Image.fromarray(grey.astype(np.uint8))
+            return image.convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:  # damaged files make decoders fail in every way there is
+        raise ImageError(str(error) or type(error).__name__) from error
+
+
+def unreadable(path, row, reason):
+    """Return the UserError about an image of a CSV row that cannot be read."""
+    return UserError(f"Every image must be readable, but {path} (CSV row {row}) is not "
+                     f"({reason}): replace the file, remove the row, or give --skip_bad_images.")
+
+
+class ReadErrors(torch.utils.data.Dataset):
+    """Say of each of N image files why it cannot be read, "" where it can."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        """Return the reason for one file."""
+        try:
+            load_image(self.paths[index])
+        except ImageError as error:
+            return str(error)
+        return ""
 
 
 class ImageBatches(torch.utils.data.Dataset):
@@ -765,8 +844,8 @@ class ImageBatches(torch.utils.data.Dataset):
         for place, index in enumerate(indices):
             try:
                 images[place] = self.view(index)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                errors[int(index)] = str(error) or type(error).__name__
+            except ValueError as error:  # ImageError, or a side of 0 pixels after resizing
+                errors[int(index)] = str(error)
         return images, errors
 
 
@@ -1711,14 +1790,57 @@ def content_key(**content):
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def file_stamps(paths):
-    """Return [name, size, mtime] of each file: a changed image is never taken from the cache."""
-    stats = [os.stat(path) for path in paths]
-    return [[str(path), s.st_size, s.st_mtime_ns] for path, s in zip(paths, stats)]
+def file_stamps(table):
+    """Return [name, size, mtime] of each image: a changed one is never taken from the cache."""
+    stamps = []
+    for path, row in zip(table.paths, table.frame.index):
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise unreadable(path, row, error) from error
+        stamps.append([str(path), stat.st_size, stat.st_mtime_ns])
+    return stamps
+
+
+def checksum(handle, size):
+    """Return the CRC-32 of the first `size` bytes of a file, as 4 bytes."""
+    handle.seek(0)
+    crc = 0
+    while size > 0 and (block := handle.read(min(size, 2 ** 24))):
+        crc, size = zlib.crc32(block, crc), size - len(block)
+    return crc.to_bytes(4, "little")
+
+
+def read_cache(path, count):
+    """Return the memory-mapped array of a cache file, None where it is not what was written.
+
+    A cache file is a .npy of plain numbers and, behind it, its checksum: reading it once through
+    costs less than a wrong feature would.
+    """
+    try:
+        with open(path, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size - 4
+            if checksum(handle, size) == handle.read():
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+                if array.shape[:1] == (count,):
+                    with contextlib.suppress(OSError):
+                        os.utime(path)  # the most recently used
+                    return array
+    except (OSError, ValueError, EOFError):
+        pass  # as damaged as one with a wrong checksum
+    print(f"cache: {path} is damaged, so it is computed again")
+    return None
 
 
 def make_room(folder, size, limit):
-    """Delete the least recently used cache files until `size` bytes fit; return whether they do."""
+    """Delete the least recently used cache files until `size` bytes fit; return whether they do.
+
+    What killed runs left half-written goes first, an hour after its last byte.
+    """
+    for half in Path(folder).glob(".*.npy.*"):
+        with contextlib.suppress(OSError):  # another run may have finished or deleted it
+            if time.time() - half.stat().st_mtime > 3600:
+                half.unlink()
     if size > limit or size > shutil.disk_usage(folder).free:
         return False
     files = sorted(Path(folder).glob("*.npy"), key=lambda file: file.stat().st_mtime)
@@ -1742,9 +1864,9 @@ def cached_array(args, kind, key, count, chunks, first=0):
     disk, after saying so; raises UserError where a value is not finite.
     """
     path = Path(args.cache_dir, f"{kind}-{key}.npy")
-    if all(WORLD.gather([path.exists()], WORLD.node)):
-        os.utime(path)
-        return np.load(path, mmap_mode="r")
+    array = read_cache(path, count) if path.exists() else None
+    if all(WORLD.gather([array is not None], WORLD.node)):
+        return array
     temporary = path.with_name(f".{path.name}.{WORLD.tag or os.getpid()}")
     leads = WORLD.local_rank == 0
     try:
@@ -1752,7 +1874,7 @@ def cached_array(args, kind, key, count, chunks, first=0):
         head = list(itertools.islice(parts, 1))
         done = (attempt(kind, leads, begin_cache, temporary, args, head, count)
                 and attempt(kind, True, fill_cache, temporary, head, parts, first)
-                and attempt(kind, leads, os.replace, temporary, path))
+                and attempt(kind, leads, finish_cache, temporary, path))
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -1809,6 +1931,15 @@ def fill_cache(path, head, parts, first):
             handle.write(rows.tobytes())
         handle.flush()
         os.fsync(handle.fileno())
+
+
+def finish_cache(temporary, path):
+    """Put the checksum behind the array, then give the file its name."""
+    with open(temporary, "r+b") as handle:
+        handle.write(checksum(handle, os.fstat(handle.fileno()).st_size))
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
 
 
 def prefetch(function, items, depth=2):
@@ -1877,9 +2008,7 @@ class LiveImages:
         """Yield the images alone; raise UserError at an unreadable one, csv_rows: its CSV row."""
         for images, errors in self.stream(batches):
             for index, reason in errors.items():
-                raise UserError(f"Every image must be readable, but "
-                                f"{self.loader.dataset.paths[index]} (CSV row {csv_rows[index]}) "
-                                f"is not ({reason}): replace the file or remove the row.")
+                raise unreadable(self.loader.dataset.paths[index], csv_rows[index], reason)
             yield images
 
 
@@ -1977,7 +2106,7 @@ class ImageInputs:
         self.features = self.cached_pixels = None
         if args.cache == "off":
             return
-        key = {"identity": identity, "files": file_stamps(table.paths)}
+        key = {"identity": identity, "files": file_stamps(table)}
         frozen = self.tower.frozen
         cacheable = frozen == "all" or (frozen is not None and self.tower.splits)
         if cacheable and args.augment != "crop":
@@ -2169,6 +2298,7 @@ def lr_factor(update, updates_per_epoch, args):
 
 PREDICTIONS = ("q", "c", "q_base", "c_base", "q_delta", "c_delta")
 FINITE_CHECK = 50  # updates between checks of the loss; each check waits for the device
+OVERFLOWS = 2  # batches in a row whose loss may overflow in fp16: its scaler skips their updates
 
 
 class Interrupted(Exception):
@@ -2281,15 +2411,17 @@ def add_targets(run, view, window):
 
 
 def check_finite(run, seen):
-    """Stop at the first batch whose loss is not finite, naming its images.
+    """Stop at a loss that is not finite, or in fp16 stays so, naming the images of its batch.
 
     seen: list of (View, scalar loss tensor) since the last check; emptied.
     """
     if not seen:
         return
     finite = torch.isfinite(torch.stack([loss for _, loss in seen])).tolist()
+    state, allowed = run.state, OVERFLOWS if run.scaler.is_enabled() else 0
     for (view, _), good in zip(seen, finite):
-        if not good:
+        state["overflows"] = 0 if good else state.get("overflows", 0) + 1
+        if state["overflows"] > allowed:
             names = run.table.frame[run.args.name_column].iloc[view.rows[:8]].tolist()
             raise UserError(f"The loss must be finite, but it is not for a batch with "
                             f"{', '.join(names)}{', ..' if len(view.rows) > 8 else ''}: lower --lr "
@@ -2405,8 +2537,19 @@ def epoch_summary(run, views, sums, outputs):
     total += args.w_exp * loss_exp if run.teacher is not None else 0
     pred = dict(zip(TARGETS, outputs.float().cpu().numpy()))
     running = metrics(pred, human(run.table, rows))
-    return {"train_loss": total, "train_loss_q": loss_q, "train_loss_c": loss_c,
+    updates = (run.state["epoch"] + 1) * -(-len(views) // args.grad_accum_steps)
+    return {"skipped": skipped_updates(run, updates),
+            "train_loss": total, "train_loss_q": loss_q, "train_loss_c": loss_c,
             "train_loss_exp": loss_exp, **{f"train_{k}": v for k, v in running.items()}}
+
+
+def skipped_updates(run, updates):
+    """Return how many of the first `updates` fp16's scaler skipped: the optimiser counts the rest.
+
+    Asking the scaler instead would wait for the device at every update.
+    """
+    taken = next((state["step"] for state in run.optimizer.state.values()), 0)
+    return updates - int(taken)
 
 
 def human(table, rows):
@@ -2509,7 +2652,9 @@ def print_epoch(row, rate, better):
     print(f"epoch {row['epoch']:3d}  loss {row['train_loss']:.4f} / {row['val_loss']:.4f}  "
           f"SROCC_Q {row['train_srocc_q']:.4f} / {row['val_srocc_q']:.4f}  "
           f"SROCC_C {row['train_srocc_c']:.4f} / {row['val_srocc_c']:.4f}  "
-          f"lr {row['lr']:.1e}  {rate:.0f} images/s{'  best' if better else ''}", flush=True)
+          f"lr {row['lr']:.1e}  {rate:.0f} images/s{'  best' if better else ''}"
+          + (f"  fp16 skipped {row['skipped']} updates so far" if row["skipped"] else ""),
+          flush=True)
 
 
 def floor_metrics(run, part):
@@ -2534,20 +2679,50 @@ FREE_FLAGS = {"output_dir", "log_csv", "resume_from", "num_workers", "pin_memory
 
 
 @contextlib.contextmanager
-def atomic_path(path):
-    """Yield a temporary path that replaces `path` when the block ends well, and is gone if not."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def writing(path):
+    """Make the folder of `path`; raise UserError where the block cannot write there."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise UserError(f"{path} must be writable, but is not ({error}): free some space or give "
                         f"another --output_dir; what was there before is untouched.") from error
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path that replaces `path` when the block ends well, and is gone if not."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # what a killed run left is written over
+    try:
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def without_log(state):
+    """Return a run's state without its log, which is saved as text."""
+    return {key: value for key, value in state.items() if key not in ("log", "log_lines")}
+
+
+def log_text(state):
+    """Return the log as the text of a CSV.
+
+    Each row becomes text once: an epoch costs as much after thousands of others as after one.
+    """
+    lines = state.setdefault("log_lines", [])
+    lines += [csv_text([[row[name] for name in LOG_COLUMNS]], LOG_COLUMNS, header=False)
+              for row in state["log"][len(lines):]]
+    return csv_text([], LOG_COLUMNS) + "".join(lines)
+
+
+def read_log(text):
+    """Return the rows of log_text."""
+    return [{name: int(value) if name == "epoch" else float(value) for name, value in row.items()}
+            for row in csv.DictReader(io.StringIO(text))]
 
 
 @main_only
@@ -2559,12 +2734,21 @@ def save_checkpoint(run, name):
                "split": split_hash(run.table, run.parts, run.args),
                "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
                "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-               "progress": run.state, "processes": WORLD.size}
+               "progress": {**without_log(run.state), "log": log_text(run.state)},
+               "processes": WORLD.size}
     with atomic_path(Path(run.args.output_dir, name)) as temporary:
         with open(temporary, "wb") as handle:
-            torch.save(content, handle)
+            try:
+                torch.save(content, handle)
+            except RuntimeError as error:  # torch's zip writer hides a full disk behind its own
+                raise OSError(str(error.__context__ or error).splitlines()[0]) from error
             handle.flush()
             os.fsync(handle.fileno())
+
+
+# What a checkpoint holds besides its format and version.
+CHECKPOINT_PARTS = {"args": dict, "seed": int, "identity": dict, "scales": dict, "split": str,
+                    "state": dict, "optimizer": dict, "scaler": dict, "progress": dict}
 
 
 def load_checkpoint(path):
@@ -2573,18 +2757,35 @@ def load_checkpoint(path):
         raise UserError(f"A checkpoint must exist, but there is no file {path}: give the path of a "
                         f"baseline_last.pt or baseline_best.pt.")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch itself does not look at the checksums
+        if damaged:
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and tensor errors all mean the same to a user
         reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else repr(error)
-        raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason}): use "
-                        f"the other one of baseline_last.pt and baseline_best.pt.") from error
+        raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason}): "
+                        f"{other_checkpoint(path)}.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} must be a checkpoint of baseline.py, but is another program's "
                         f"file: give a baseline_last.pt or baseline_best.pt.")
-    if content["version"] != FORMAT_VERSION:
-        raise UserError(f"{path} has checkpoint version {content['version']}, but this baseline.py "
-                        f"reads version {FORMAT_VERSION}: use the baseline.py that wrote it.")
+    if content.get("version") != FORMAT_VERSION:
+        raise UserError(f"{path} has checkpoint version {content.get('version')}, but this "
+                        f"baseline.py reads version {FORMAT_VERSION}: use the baseline.py that "
+                        f"wrote it.")
+    wrong = [part for part, kind in CHECKPOINT_PARTS.items()
+             if not isinstance(content.get(part), kind)]
+    if wrong:
+        raise UserError(f"{path} is damaged, it has no {', '.join(wrong)}: "
+                        f"{other_checkpoint(path)}.")
     return content
+
+
+def other_checkpoint(path):
+    """Return what to use instead of a damaged checkpoint: the one beside it, where there is one."""
+    beside = [Path(path).with_name(name) for name in ("baseline_last.pt", "baseline_best.pt")]
+    found = [str(other) for other in beside if other != Path(path) and other.is_file()]
+    return f"use {' or '.join(found)}" if found else "there is no other one beside it, train again"
 
 
 def adopt_checkpoint_args(args, content, path):
@@ -2657,25 +2858,51 @@ def resume(run, content, path):
     load_trained_state(run.scorer, content["state"], path)
     run.optimizer.load_state_dict(content["optimizer"])
     run.scaler.load_state_dict(content["scaler"])
-    run.state.update(content["progress"])
+    progress = content["progress"]
+    run.state.update(without_log(progress), log=read_log(progress["log"]), log_lines=[])
     partial = run.state.get("partial")
     if partial:
         partial["outputs"] = [part.to(run.device) for part in partial["outputs"]]
     print(f"resumed {path} after epoch {run.state['epoch']}")
 
 
+def safe_cell(value):
+    """Return a CSV cell that no spreadsheet takes for a formula: such texts get an apostrophe.
+
+    Numbers, and texts that are numbers, stay as they are (OWASP, CSV Injection).
+    """
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def csv_text(rows, columns, header=True):
+    """Return rows of cells as the text of a CSV; every CSV that is written comes from here."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if header:
+        writer.writerow(map(safe_cell, columns))
+    writer.writerows(map(safe_cell, row) for row in rows)
+    return text.getvalue()
+
+
 @main_only
 def write_table(path, rows, columns):
     """Write dictionaries as a CSV, atomically."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    cells = [[row[column] for column in columns] for row in rows]
+    with atomic_path(path) as temporary:
+        temporary.write_text(csv_text(cells, columns), encoding="utf-8", newline="")
 
 
+@main_only
 def write_log(run):
     """Write the log: one row per epoch, from the state that the checkpoint also holds."""
-    write_table(Path(run.args.output_dir, run.args.log_csv), run.state["log"], LOG_COLUMNS)
+    with atomic_path(Path(run.args.output_dir, run.args.log_csv)) as temporary:
+        temporary.write_text(log_text(run.state), encoding="utf-8", newline="")
 
 
 @main_only
@@ -2775,6 +3002,10 @@ def finish(run, seconds):
         gap = summary["train"][f"srocc_{target}"] - summary["val"][f"srocc_{target}"]
         summary[f"gap_{target}"] = gap
         summary[f"tier_{target}"] = tier(target, summary["val"][f"srocc_{target}"], gap)
+    if run.scaler.is_enabled():
+        updates = -(-len(run.parts["train"]) // args.batch_size)
+        updates = run.state["epoch"] * -(-updates // args.grad_accum_steps)
+        summary["skipped_updates"] = skipped_updates(run, updates)
     summary.update(seed=run.seed, split=split_hash(run.table, run.parts, args),
                    seconds=seconds, output_dir=args.output_dir)
     return pred, summary
@@ -2818,12 +3049,14 @@ def print_summary(summary):
     for target, title in (("q", "quality"), ("c", "consistency")):
         print(f"{title}: Train-Val Gap {summary[f'gap_{target}']:+.4f}, "
               f"tier {summary[f'tier_{target}']}")
+    if summary.get("skipped_updates"):
+        print(f"fp16: {summary['skipped_updates']} updates overflowed and were skipped")
 
 
 def run_files(args):
     """Return the names of what one run writes into its output_dir."""
     return ["baseline_best.pt", "baseline_last.pt", "config.json", "result.json",
-            "val_predictions.csv", "test_predictions.csv", "curves.png", "scatter.png",
+            "val_predictions.csv", "test_predictions.csv", "skipped.csv", "curves.png", "scatter.png",
             "worst.png", "report.html", "tensorboard", "repeats.json", Path(args.log_csv).name]
 
 
@@ -2875,7 +3108,10 @@ RUN_COLUMNS = (["time", "arguments", "seed", "split", "best_epoch"]
 
 @main_only
 def append_run(args, summary):
-    """Append one row to <output_dir>/runs.csv in a single write; the file is never rewritten."""
+    """Append one row to <output_dir>/runs.csv in a single write; the file is never rewritten.
+
+    What a full disk let through of the row is taken back.
+    """
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "arguments": changed_flags(args),
            "checkpoint": str(Path(summary["output_dir"], "baseline_best.pt"))}
     row.update({k: summary[k] for k in ("seed", "split", "best_epoch", "gap_q", "gap_c")})
@@ -2887,10 +3123,13 @@ def append_run(args, summary):
         row.update({f"{floor}_srocc_{t}": summary["floors"][floor][f"srocc_{t}"]
                     for t in TARGETS})
     path = Path(args.output_dir, "runs.csv")
-    new = not path.exists()
-    line = pd.DataFrame([row], columns=list(RUN_COLUMNS)).to_csv(index=False, header=new)
-    with open(path, "a", encoding="utf-8", newline="") as handle:
-        handle.write(line)
+    with writing(path), open(path, "ab", buffering=0) as handle:
+        size = handle.seek(0, os.SEEK_END)
+        cells = [row[column] for column in RUN_COLUMNS]
+        line = csv_text([cells], RUN_COLUMNS, header=size == 0).encode()
+        if handle.write(line) < len(line):
+            handle.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # --- advice ---------------------------------------------------------------------------------
@@ -3116,7 +3355,10 @@ def draw_worst(run, pred, rows, path, count=6):
         error = pred[target] - mos[target]
         scale = table.scales[target]
         for axis, i in zip(line, np.argsort(-np.abs(error))[:count]):
-            image = load_image(table.paths[rows[i]])
+            try:
+                image = load_image(table.paths[rows[i]])
+            except ImageError:  # gone since it was cached: no reason to lose the report
+                image = Image.new("RGB", (8, 8), "grey")
             image.thumbnail((256, 256))
             axis.imshow(image)
             prompt = "\n".join(textwrap.wrap(table.prompts[table.prompt_id[rows[i]]], 26)[:3])
@@ -3190,7 +3432,8 @@ def write_tensorboard(run, summary):
     except ImportError:
         print("--tensorboard needs the package tensorboard: pip install tensorboard")
         return
-    with SummaryWriter(str(Path(run.args.output_dir, "tensorboard"))) as writer:
+    folder = Path(run.args.output_dir, "tensorboard")
+    with writing(folder), SummaryWriter(str(folder)) as writer:
         for row in run.state["log"]:
             for name, value in row.items():
                 writer.add_scalar(name, value, row["epoch"])
@@ -3291,8 +3534,12 @@ def train_repeats(args, table):
 
 
 def read_json(path):
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON file of an earlier run."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} of an earlier run is damaged ({error}): remove it, or give "
+                        f"another --output_dir.") from error
 
 
 def nan_json(value):
@@ -3313,6 +3560,7 @@ def scoring_frame(args, saved):
     """Return (DataFrame with the input columns, image paths, prompts) of --predict's target.
 
     saved: the checkpoint's arguments, which name the columns. Prompts are "" where there is none.
+    Links that lead out of a folder are not followed, neither to images nor to their prompts.
     """
     target = Path(args.predict)
     if target.suffix.lower() == ".csv":
@@ -3333,16 +3581,20 @@ def scoring_frame(args, saved):
         return frame, [base / n for n in frame[name]], prompts
     if target.is_dir():
         known = Image.registered_extensions()
-        paths = sorted(p for p in target.rglob("*") if p.suffix.lower() in known and p.is_file())
+        found = sorted(p for p in target.rglob("*") if p.suffix.lower() in known and p.is_file())
+        paths = [p for p in found if inside(target.resolve(), p.relative_to(target))]
         names = [p.relative_to(target).as_posix() for p in paths]
+        if len(paths) < len(found):
+            print(f"{len(found) - len(paths)} links that lead out of {target} are not followed")
     elif target.is_file():
         paths, names = [target], [target.name]
+        target = target.parent
     else:
         raise UserError(f"--predict needs a CSV, a folder or an image, but there is no {target}: "
                         f"correct the path.")
     if not paths:
         raise UserError(f"{target} holds no images: give a folder with pictures in it.")
-    prompts = [side_prompt(path) or args.prompt or "" for path in paths]
+    prompts = [side_prompt(path, target.resolve()) or args.prompt or "" for path in paths]
     return pd.DataFrame({"name": names, "prompt": prompts}), paths, prompts
 
 
@@ -3355,15 +3607,15 @@ def scoring_base(args, saved, target, names):
     if "image_base_dir" in args.explicit:
         return Path(args.image_base_dir)
     places = [target.parent, target.parent / "images", Path(saved.image_base_dir)]
-    return next((place for place in places if len(names) and (place / names.iloc[0]).is_file()),
-                places[-1])
+    return next((place for place in places if os.path.isfile(place / names.iloc[0])), places[-1])
 
 
-def side_prompt(path):
-    """Return the text of the .txt file beside an image, "" if there is none."""
+def side_prompt(path, base):
+    """Return the text of the .txt file beside an image, "" if there is none inside base."""
     text = path.with_suffix(".txt")
     try:
-        return text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
+        own = text.is_file() and text.resolve().is_relative_to(base)
+        return text.read_text(encoding="utf-8-sig").strip() if own else ""
     except UnicodeDecodeError as error:
         raise UserError(f"{text} must be UTF-8, but byte {error.start} is not: save it as "
                         f"UTF-8.") from error
@@ -3433,13 +3685,12 @@ def predict(args):
         scores, errors = score_images(scorer.to(device), tokenizer, identity, paths, prompts, args,
                                       device)
         print_metrics(frame, scores, scales, saved)
-        taken = {name: f"{name}_input" for name in (*SCORE_COLUMNS, "keep") if name in frame}
-        frame = frame.rename(columns=taken)  # a column of the input is never overwritten
+        frame = rename_taken(frame)
         add_scores(frame, scores, errors, scales, args)
         print_scoring(frame)
     if WORLD.rank:
         return 0
-    text = frame.to_csv(index=False)
+    text = frame_csv(frame)
     if args.predictions_csv == "-":
         sys.stdout.write(text)
     else:
@@ -3449,10 +3700,26 @@ def predict(args):
     return 1 if errors else 0
 
 
+def rename_taken(frame):
+    """Rename the input's columns that are called as ours: none of it is ever overwritten."""
+    names = list(frame.columns)
+    for name in (*SCORE_COLUMNS, "keep"):
+        other = f"{name}_input"
+        while other in names:
+            other += "_input"
+        names = [other if old == name else old for old in names]
+    return frame.set_axis(names, axis=1)
+
+
+def frame_csv(frame):
+    """Return a DataFrame as the text of a CSV, empty where a number is NaN."""
+    return csv_text(frame.astype(object).where(frame.notna(), "").to_numpy(), frame.columns)
+
+
 def add_scores(frame, scores, errors, scales, args):
     """Add the score columns for people (clamped, on the MOS scale), `error` and `keep`."""
     for name, key in zip(SCORE_COLUMNS, ("q", "c", "q_base", "c_base")):
-        frame[name] = (np.clip(scores[key], 0, 1) * scales[key[0]]).round(4)
+        frame[name] = (np.clip(scores[key].astype(float), 0, 1) * scales[key[0]]).round(4)
     frame["error"] = [errors.get(i, "") for i in range(len(frame))]
     limits = {"quality": args.min_quality, "consistency": args.min_consistency}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
@@ -3569,7 +3836,7 @@ def frozen_embeddings(images, texts, table, identity, args):
             with autocast(args, images.device):
                 yield images.tower.suffix(x).float().cpu()
 
-    key = content_key(kind="embedding", identity=identity, files=file_stamps(table.paths))
+    key = content_key(kind="embedding", identity=identity, files=file_stamps(table))
     cached = None
     if images.tower.frozen != "all" and args.cache != "off":
         cached = cached_array(args, "embedding", key, len(table.paths), chunks, first)
@@ -3592,6 +3859,8 @@ def train_one_run(args, table, seed, checkpoint=None):
     began = time.perf_counter()
     run = set_up(args, table, seed)
     write_config(run)
+    if args.skip_bad_images:
+        write_table(Path(args.output_dir, "skipped.csv"), table.skipped, ("name", "row", "reason"))
     if checkpoint is not None:
         resume(run, WORLD.from_main(load_checkpoint, checkpoint), checkpoint)
     STOP.waits = True

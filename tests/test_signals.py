@@ -1,11 +1,14 @@
 """A run that is stopped or killed, at any moment, goes on to the same weights, bit for bit."""
 
 import contextlib
+import json
 import os
 import queue
 import random
+import select
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,41 +21,80 @@ from conftest import load, read_csv, read_json, same_tensors
 import baseline
 
 PROGRAM = str(Path(baseline.__file__).resolve())
+STARTER = str(Path(__file__).with_name("starter.py"))
+# One thread: several cores and threads change the last bits of sums.
+ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 PARTIAL = ["--partial_freeze", "--freeze_layers", "2"]
 FOREVER = ["--epochs", "100000"]
 SOON = 20  # seconds that a stopped program may take on a busy machine
 START = 120  # seconds that it may take to start
 
-# Run the program with one of its functions slowed down: says `here`, waits, then goes on.
-SLOW = """
-import sys, time
-sys.path.insert(0, {folder!r})
-import baseline
-real = baseline.{name}
-def slow(*args, **kwargs):
-    print("here", flush=True)
-    end = time.monotonic() + {seconds}
-    while time.monotonic() < end:
-        time.sleep(0.05)
-    return real(*args, **kwargs)
-baseline.{name} = slow
-baseline.main(sys.argv[1:])
-"""
+
+class Forked:
+    """A run of the program in a fork of tests/starter.py; stands for a subprocess.Popen."""
+
+    def __init__(self, files):
+        self.stdout, self.stderr = (open(file, encoding="utf-8") for file in files[:2])
+        self.report, self.status = open(files[2], "rb", buffering=0), None
+        self.pid = int(self.report.readline())
+
+    def poll(self):
+        """Return the status, None while it runs."""
+        if self.status is None and select.select([self.report], [], [], 0)[0]:
+            self.status = int(self.report.readline())
+        return self.status
+
+    def wait(self, timeout):
+        """Wait for the end; returns the status."""
+        if self.status is None and not select.select([self.report], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("baseline.py", timeout)
+        return self.poll()
 
 
-def slowed(name, seconds):
-    """Return the beginning of a command that runs the program with one function slowed down."""
-    code = SLOW.format(folder=str(Path(PROGRAM).parent), name=name, seconds=seconds)
-    return [sys.executable, "-c", code]
+class Starter:
+    """The process that has imported the program, and starts it in its forks."""
+
+    def __init__(self):
+        self.socket, theirs = socket.socketpair()
+        self.process = subprocess.Popen([sys.executable, STARTER], stdin=theirs, env=ENVIRONMENT)
+        theirs.close()
+
+    def start(self, argv, tamper):
+        """Start the program; tamper: see starter.py."""
+        pipes = [os.pipe() for _ in range(3)]
+        request = json.dumps({"argv": argv, "tamper": tamper}).encode()
+        socket.send_fds(self.socket, [request], [write for _, write in pipes])
+        assert self.socket.recv(1)
+        for _, write in pipes:
+            os.close(write)
+        return Forked([read for read, _ in pipes])
+
+    def stop(self):
+        """End the process; what it started goes on."""
+        self.socket.close()
+        self.process.wait(SOON)
+
+
+@pytest.fixture(scope="module")
+def starter():
+    """The process that starts the program in its forks."""
+    process = Starter()
+    yield process
+    process.stop()
+
+
+def fresh(argv):
+    """Start the program as a user does, in a process of its own."""
+    return subprocess.Popen([sys.executable, PROGRAM, *argv], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+                            start_new_session=True)
 
 
 class Program:
-    """A run of the program in a process and a process group of its own."""
+    """A run of the program in a process and a session of its own."""
 
-    def __init__(self, argv, start=(sys.executable, PROGRAM)):
-        self.process = subprocess.Popen(
-            [*start, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True)
+    def __init__(self, process):
+        self.process = process
         self.lines, self.out, self.err = queue.Queue(), [], []
         self.readers = [threading.Thread(target=self.read, args=args, daemon=True) for args in (
             (self.process.stdout, self.out, self.lines), (self.process.stderr, self.err, None))]
@@ -101,12 +143,13 @@ class Program:
 
 
 @pytest.fixture
-def start():
-    """Start the program; what still runs at the end of the test is killed."""
+def start(starter):
+    """Start the program, from a fork or afresh; what runs at the end of the test is killed."""
     started = []
 
-    def run(*args, **options):
-        started.append(Program(*args, **options))
+    def run(argv, *tamper, afresh=False):
+        argv = [str(word) for word in argv]
+        started.append(Program(fresh(argv) if afresh else starter.start(argv, tamper)))
         return started[-1]
     yield run
     for program in started:
@@ -197,7 +240,7 @@ def test_a_signal_to_the_whole_group_saves_too(start, flags, tmp_path, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_waits_for_the_step(start, flags, tmp_path, number):
     """A step that takes long is finished, saved and only then left."""
-    program = start(flags(*PARTIAL, *FOREVER), start=slowed("apply_update", 2))
+    program = start(flags(*PARTIAL, *FOREVER), "slow", "apply_update", 2)
     program.wait_for("here")
     program.send(number)
     assert program.finish() == 128 + number
@@ -208,7 +251,7 @@ def test_the_first_signal_waits_for_the_step(start, flags, tmp_path, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_signal_stops_at_once(start, flags, tmp_path, number):
     """Who asks twice does not wait for a step that hangs."""
-    program = start(flags(*PARTIAL, *FOREVER), start=slowed("apply_update", 600))
+    program = start(flags(*PARTIAL, *FOREVER), "slow", "apply_update", 600)
     program.wait_for("here")
     program.send(number)
     time.sleep(1)
@@ -226,7 +269,7 @@ def test_the_second_signal_stops_at_once(start, flags, tmp_path, number):
 @pytest.mark.parametrize("where", ["load_table", "load_clip"])
 def test_a_signal_before_training_ends_it_at_once(start, flags, tmp_path, where, number):
     """While data and model are read there is nothing to save: one signal is enough."""
-    program = start(flags(*PARTIAL), start=slowed(where, 600))
+    program = start(flags(*PARTIAL), "slow", where, 600)
     program.wait_for("here")
     program.send(number)
     assert program.finish() == 128 + number
@@ -236,31 +279,31 @@ def test_a_signal_before_training_ends_it_at_once(start, flags, tmp_path, where,
 
 def test_sigterm_while_it_starts(start, flags):
     """A program that has hardly begun ends as well."""
-    program = start(flags(*PARTIAL))
+    program = start(flags(*PARTIAL), afresh=True)
     time.sleep(1)
     program.send(signal.SIGTERM)
     assert program.finish() in (-signal.SIGTERM, 128 + signal.SIGTERM)
     assert "epoch" not in program.said
 
 
-def test_a_signal_after_training_loses_nothing(start, flags, tmp_path, train):
+def test_a_signal_after_training_loses_nothing(start, flags, tmp_path):
     """While the result is computed one signal ends it; resuming computes the result again."""
-    program = start(flags(*PARTIAL), start=slowed("finish", 600))
+    program = start(flags(*PARTIAL), "slow", "finish", 600)
     program.wait_for("here")
     program.send(signal.SIGTERM)
     assert program.finish() == 143 and "Traceback" not in program.said
     assert not (tmp_path / "out" / "result.json").exists()
-    whole = train(*PARTIAL, out="whole")
+    assert start(flags(*PARTIAL, out="whole")).finish(START) == 0
     again = start(["--resume_from", tmp_path / "out" / "baseline_last.pt"])
     assert again.finish(START) == 0
-    assert_same_run(whole.folder, tmp_path / "out")
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
 
 
 def test_a_signal_ends_scoring(start, train, data):
     """Scoring has nothing to save either."""
     best = train("--freeze_clip", "--epochs", 1).folder / "baseline_best.pt"
     program = start(["--predict", data.csv, "--checkpoint", best],
-                    start=slowed("score_images", 600))
+                    "slow", "score_images", 600)
     program.wait_for("here")
     program.send(signal.SIGINT)
     assert program.finish() == 130 and "Traceback" not in program.said
@@ -272,12 +315,12 @@ LONG = [*PARTIAL, "--lr", "1e-3", "--dropout", "0.2", "--batch_size", "4", "--ep
 
 
 @pytest.fixture(scope="module")
-def whole(data, clips, tmp_path_factory):
+def whole(data, clips, tmp_path_factory, starter):
     """Train without a break in a process of its own; returns (output folder, command)."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     command = ["--data_csv_path", data.csv, "--image_base_dir", data.images, "--clip_model",
                f"local-dir:{clips()}", "--num_workers", 0, "--no_plots", *LONG]
-    program = Program([*command, "--output_dir", folder])
+    program = Program(starter.start([str(w) for w in [*command, "--output_dir", folder]], ()))
     assert program.finish(300) == 0, program.said[-2000:]
     return folder, command
 
@@ -298,24 +341,57 @@ def test_stopped_twice_and_resumed_equals_uninterrupted(start, whole, tmp_path):
     assert_same_run(whole[0], folder)
 
 
-def test_killed_at_random_moments_equals_uninterrupted(start, whole, tmp_path):
-    """With --save_every_steps 1 a run survives kill after kill, and ends as the whole one does."""
-    rng, folder = random.Random(7), tmp_path / "out"
-    last, places = folder / "baseline_last.pt", []
-    common = [*whole[1], "--output_dir", folder, "--save_every_steps", 1]
-    for kill in range(7):
-        program = start([*common, *(["--resume_from", last] if last.exists() else [])])
-        program.wait_for("resumed" if last.exists() else "epoch   1 ")
-        time.sleep(rng.uniform(0, 0.5))
-        program.send(signal.SIGKILL)
-        assert program.finish() == -signal.SIGKILL  # it was still at work
-        progress = load(folder)["progress"]
-        places.append((progress["epoch"], progress.get("partial", {}).get("update", 0)))
-    assert places == sorted(places) and places[0] < places[-1] and places[-1][0] < 60
-    assert len({update for _, update in places}) > 1  # some kills were in the middle of an epoch
-    program = start(["--resume_from", last])
-    assert program.finish(300) == 0, program.said[-2000:]
-    assert_same_run(whole[0], folder)
+STEP = ["--scheduler", "step", "--step_lr_step_size", 2]
+ACCUMULATE = ["--grad_accum_steps", 2]
+PATIENT = ["--early_stopping_patience", 5, "--early_stopping_min_delta", 1]  # ends in epoch 5
+OFTEN = ["--save_every_steps", 1]
+KILLED = {
+    "frozen, cosine": (["--freeze_clip"], OFTEN),
+    "frozen, step, patient": (["--freeze_clip", *STEP, *PATIENT], []),
+    "partial, linear, accumulated": ([*PARTIAL, "--scheduler", "linear", *ACCUMULATE], OFTEN),
+    "partial, constant, patient": ([*PARTIAL, "--scheduler", "constant", *PATIENT], OFTEN),
+    "full, step, accumulated, patient": ([*STEP, *ACCUMULATE, *PATIENT], OFTEN),
+    "full, linear": (["--scheduler", "linear"], ["--save_every_steps", 3]),
+}
+INSIDE = ["update", "evaluation", "checkpoint", "before rename", "after rename", "log"]
+
+
+@pytest.mark.parametrize("case", KILLED)
+def test_killed_at_random_moments_equals_uninterrupted(start, flags, tmp_path, case):
+    """Kill after kill, in whatever it is doing, a run ends as the uninterrupted one, bit for bit.
+
+    In turn: while the cache is written, at four random places inside the training (half a
+    checkpoint is written, a file is about to be renamed, ..), at a random time, and at the end.
+    """
+    number = list(KILLED).index(case)
+    rng, last = random.Random(number), tmp_path / "out" / "baseline_last.pt"
+    mode, often = KILLED[case]
+    command = [*mode, "--lr", 1e-3, "--dropout", 0.2, "--batch_size", 4, "--epochs", 8]
+    whole = start(flags(*command, out="whole"))
+    inside = [INSIDE[(number + i) % len(INSIDE)] for i in range(4)]
+    rng.shuffle(inside)
+    places = []
+    for place in ["cache", *inside, "time", "result", None]:
+        call = 2 if place in ("cache", "result") else rng.randint(1, 4)
+        tamper = ("kill", place, call) if place not in ("time", None) else ()
+        program = start([*flags(*command, *often),
+                         *(["--resume_from", last] if last.exists() else [])], *tamper)
+        if place == "time":
+            program.wait_for("resumed" if last.exists() else "epoch   0 ")
+            time.sleep(rng.uniform(0, 0.1))
+            program.send(signal.SIGKILL)
+        status = program.finish(START)
+        assert status == (0 if place is None else -signal.SIGKILL), (place, call, program.said)
+        assert not (tmp_path / "out" / "result.json").exists() or place is None
+        if last.exists():
+            progress = load(last.parent)["progress"]
+            partial = progress.get("partial") or {"update": 0}
+            places.append((progress["epoch"], partial["update"]))
+    assert places == sorted(places) and places[0] < places[-1]
+    assert whole.finish(START) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+    assert places[-1][0] == (5 if "patient" in case else 8)
+    assert not [path for path in last.parent.iterdir() if path.name.startswith(".")]
 
 
 def raise_at(monkeypatch, update, number=signal.SIGTERM):
@@ -417,7 +493,7 @@ def test_several_unknown_flags_each_get_a_suggestion(refused):
 
 def test_an_unknown_flag_ends_a_process_with_status_2(start):
     """Before anything is read, with the usage and without a traceback."""
-    program = start(["--epoch", "3"])
+    program = start(["--epoch", "3"], afresh=True)
     assert program.finish(START) == 2
     assert "did you mean --epochs?" in program.said and "Traceback" not in program.said
     assert program.out == []
