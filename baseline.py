@@ -3112,7 +3112,8 @@ def append_run(args, summary):
 
     What a full disk let through of the row is taken back.
     """
-    row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "arguments": changed_flags(args),
+    row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"),
+           "arguments": f"python baseline.py {changed_flags(args)}",
            "checkpoint": str(Path(summary["output_dir"], "baseline_best.pt"))}
     row.update({k: summary[k] for k in ("seed", "split", "best_epoch", "gap_q", "gap_c")})
     row["seconds"] = round(summary["seconds"], 1)
