@@ -303,7 +303,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(low, high=math.inf, kind=float, open_low=False):
-    """Return an argparse type that accepts a finite number from low (open_low: above it) to high."""
+    """Return an argparse type for finite numbers from low (open_low: above it) to high."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or (open_low and value == low) or value == math.inf:
@@ -3056,8 +3056,8 @@ def print_summary(summary):
 def run_files(args):
     """Return the names of what one run writes into its output_dir."""
     return ["baseline_best.pt", "baseline_last.pt", "config.json", "result.json",
-            "val_predictions.csv", "test_predictions.csv", "skipped.csv", "curves.png", "scatter.png",
-            "worst.png", "report.html", "tensorboard", "repeats.json", Path(args.log_csv).name]
+            "val_predictions.csv", "test_predictions.csv", "skipped.csv", "curves.png",
+            "scatter.png", "worst.png", "report.html", "tensorboard", "repeats.json", Path(args.log_csv).name]
 
 
 @main_only
@@ -3362,7 +3362,8 @@ def draw_worst(run, pred, rows, path, count=6):
                 image = Image.new("RGB", (8, 8), "grey")
             image.thumbnail((256, 256))
             axis.imshow(image)
-            prompt = "\n".join(textwrap.wrap(table.prompts[table.prompt_id[rows[i]]], 26)[:3])
+            prompt = "\n".join(textwrap.wrap(table.prompts[table.prompt_id[rows[i]]], 26,
+                                             max_lines=3, placeholder=" .."))
             axis.set_title(f"{TITLES[target]}: human {mos[target][i] * scale:.2f}, predicted "
                            f"{np.clip(pred[target][i], 0, 1) * scale:.2f}", fontsize=7)
             axis.set_xlabel(prompt.replace("$", r"\$"), fontsize=8)
