@@ -2254,7 +2254,7 @@ def text_embeddings(scorer, tokenizer, texts, what, identity, args, device):
 
 # --- optimisation ---------------------------------------------------------------------------
 
-HEAD_LR = 1e-3  # what heads want next to a CLIP that trains; measured in docs/
+HEAD_LR = 1e-3  # next to a CLIP that trains: its own rate would leave heads where they began
 
 
 def head_lr(args):

@@ -39,14 +39,13 @@ def own(data, tmp_path):
 
 
 @pytest.fixture
-def no_room(monkeypatch):
+def no_room():
     """Return a function that limits every file to some bytes, as a full disk would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return limit
 
 
 @pytest.mark.parametrize("size", [10, 5000, 20000])
