@@ -105,7 +105,7 @@ PRESETS = {
 DEMO = dict(data_csv_path=str(HERE / "data/demo/data.csv"),
             image_base_dir=str(HERE / "data/demo/images"),
             clip_model=f"local-dir:{HERE / 'data/demo/clip'}",
-            epochs=5, lr=1e-4, head_lr=1e-4, dropout=0.4, batch_size=16, weight_decay=0.05,
+            epochs=5, lr=1e-4, head_lr=3e-4, dropout=0.4, batch_size=16, weight_decay=0.05,
             num_workers=0)
 
 # Flags that only do something together with another one.
@@ -3057,7 +3057,8 @@ def run_files(args):
     """Return the names of what one run writes into its output_dir."""
     return ["baseline_best.pt", "baseline_last.pt", "config.json", "result.json",
             "val_predictions.csv", "test_predictions.csv", "skipped.csv", "curves.png",
-            "scatter.png", "worst.png", "report.html", "tensorboard", "repeats.json", Path(args.log_csv).name]
+            "scatter.png", "worst.png", "report.html", "tensorboard", "repeats.json",
+            Path(args.log_csv).name]
 
 
 @main_only
@@ -3255,7 +3256,7 @@ def residual_advice(args, summary):
         if summary["best_epoch"] and summary.get(f"largest_delta_{t}", 1.0) < UNUSED:
             found.append(Advice(f"{name} residual unused", f"the largest |delta| is "
                                 f"{summary[f'largest_delta_{t}']:.3f} of its bound",
-                                {"head_lr": head_lr(args) * 3}))
+                                {"head_lr": float(f"{head_lr(args) * 3:.2g}")}))
     return found
 
 
