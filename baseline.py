@@ -3194,7 +3194,7 @@ def less_capacity(args, depth):
     if args.freeze_clip:
         changes["epochs"] = max(1, args.epochs // 2)
     elif depth:
-        changes.update(lr=min(1e-5, args.lr) if not args.demo else args.lr / 3,
+        changes.update(lr=min(1e-5, args.lr) if not args.demo else float(f"{args.lr / 3:.2g}"),
                        partial_freeze=True, freeze_layers=max(1, round(depth * 20 / 24)))
     return changes
 
@@ -3219,7 +3219,8 @@ def training_advice(args, log, summary, depth):
     fitted = max(last[f"train_srocc_{t}"] - last[f"val_srocc_{t}"] for t in TARGETS)
     if max(gaps.values()) > 0.05 or (fitted > 0.1 and best < last["epoch"] / 2):
         found.append(Advice("overfitting", f"Train-Val Gap Q {gaps['q']:+.3f}, C {gaps['c']:+.3f} "
-                            f"(above 0.05 needs work); best epoch {best} of {last['epoch']}",
+                            f"(above 0.05 needs work); best epoch {best} of {last['epoch']}, "
+                            f"whose training SROCC ends {fitted:+.3f} above validation",
                             less_capacity(args, depth)))
     elif all(needs_work.values()) and max(gaps.values()) < 0.02 and best == last["epoch"]:
         found.append(Advice("underfitting", f"validation SROCC Q {last['val_srocc_q']:.3f}, C "
@@ -3231,7 +3232,7 @@ def training_advice(args, log, summary, depth):
         epoch, factor = max(rises, key=lambda rise: rise[1])
         found.append(Advice("unstable loss", f"training loss rose {factor:.1f}-fold in epoch "
                             f"{epoch}", {"warmup_ratio": 0.1, "max_grad_norm": 0.5,
-                                         "lr": args.lr / 3, "batch_size": 16}))
+                                         "lr": float(f"{args.lr / 3:.2g}"), "batch_size": 16}))
     for t, other, name, changes in (
             ("c", "q", "SROCC_C", {"w_q": 0.3, "w_c": 0.7, "residual_scale_c": 0.3}),
             ("q", "c", "SROCC_Q", {"w_q": 0.7, "w_c": 0.3, "residual_scale_q": 0.3})):
