@@ -2441,7 +2441,7 @@ def train_one_epoch(run, epoch):
     """
     args, accumulate = run.args, run.args.grad_accum_steps
     views = epoch_views(run.parts["train"], args, run.seed, epoch)
-    updates = -(-len(views) // accumulate)
+    updates = updates_per_epoch(run)
     partial = run.state.pop("partial", None) or {"update": 0, "sums": {}, "outputs": []}
     done, (sums, outputs) = partial["update"], unpooled(partial)
     seen = []
@@ -2537,19 +2537,24 @@ def epoch_summary(run, views, sums, outputs):
     total += args.w_exp * loss_exp if run.teacher is not None else 0
     pred = dict(zip(TARGETS, outputs.float().cpu().numpy()))
     running = metrics(pred, human(run.table, rows))
-    updates = (run.state["epoch"] + 1) * -(-len(views) // args.grad_accum_steps)
-    return {"skipped": skipped_updates(run, updates),
+    return {"skipped": skipped_updates(run, run.state["epoch"] + 1),
             "train_loss": total, "train_loss_q": loss_q, "train_loss_c": loss_c,
             "train_loss_exp": loss_exp, **{f"train_{k}": v for k, v in running.items()}}
 
 
-def skipped_updates(run, updates):
-    """Return how many of the first `updates` fp16's scaler skipped: the optimiser counts the rest.
+def updates_per_epoch(run):
+    """Return the number of optimiser updates of an epoch."""
+    steps = -(-len(run.parts["train"]) // (run.args.batch_size * WORLD.size))
+    return -(-steps // run.args.grad_accum_steps)
+
+
+def skipped_updates(run, epochs):
+    """Return how many updates of the first epochs fp16's scaler skipped: the optimiser knows.
 
     Asking the scaler instead would wait for the device at every update.
     """
     taken = next((state["step"] for state in run.optimizer.state.values()), 0)
-    return updates - int(taken)
+    return epochs * updates_per_epoch(run) - int(taken)
 
 
 def human(table, rows):
@@ -3003,9 +3008,7 @@ def finish(run, seconds):
         summary[f"gap_{target}"] = gap
         summary[f"tier_{target}"] = tier(target, summary["val"][f"srocc_{target}"], gap)
     if run.scaler.is_enabled():
-        updates = -(-len(run.parts["train"]) // args.batch_size)
-        updates = run.state["epoch"] * -(-updates // args.grad_accum_steps)
-        summary["skipped_updates"] = skipped_updates(run, updates)
+        summary["skipped_updates"] = skipped_updates(run, run.state["epoch"])
     summary.update(seed=run.seed, split=split_hash(run.table, run.parts, args),
                    seconds=seconds, output_dir=args.output_dir)
     return pred, summary
@@ -3220,7 +3223,7 @@ def training_advice(args, log, summary, depth):
     if max(gaps.values()) > 0.05 or (fitted > 0.1 and best < last["epoch"] / 2):
         found.append(Advice("overfitting", f"Train-Val Gap Q {gaps['q']:+.3f}, C {gaps['c']:+.3f} "
                             f"(above 0.05 needs work); best epoch {best} of {last['epoch']}, "
-                            f"whose training SROCC ends {fitted:+.3f} above validation",
+                            f"in the last one training SROCC is {fitted:+.3f} from validation",
                             less_capacity(args, depth)))
     elif all(needs_work.values()) and max(gaps.values()) < 0.02 and best == last["epoch"]:
         found.append(Advice("underfitting", f"validation SROCC Q {last['val_srocc_q']:.3f}, C "
