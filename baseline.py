@@ -11,7 +11,9 @@
 CLIP's own score is kept as the base, and a small bounded residual is learned on top:
 
     q = q_base + scale_q * tanh(delta_q)        q_base = sigmoid(w . f + b)
-    c = c_base + scale_c * tanh(delta_c)        c_base = a * (cos(f, t) + 1) / 2 + b'
+    c = c_base + scale_c * tanh(delta_c)        c_base = a * (s0 + 1) / 2 + b' + e * q
+
+s0 is cos(f, t) by the CLIP as it was before training.
 
 Axis letters: B batch, N rows of the CSV, U unique texts, D embedding, T tokens, W tower width,
 H x W pixels where it is plain.
@@ -20,6 +22,7 @@ H x W pixels where it is plain.
 import argparse
 import base64
 import contextlib
+import copy
 import csv
 import ctypes
 import datetime
@@ -64,6 +67,7 @@ import torch.nn.functional as F
 from open_clip import transform as clip_transform
 from PIL import Image, ImageOps
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.serialization import config as serialization_config
 from tqdm import tqdm
@@ -71,7 +75,7 @@ from tqdm import tqdm
 # --- constants ------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-FORMAT, FORMAT_VERSION = "baseline-aigiqa", 2
+FORMAT, FORMAT_VERSION = "baseline-aigiqa", 3
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOS_SCALES = (1.0, 5.0, 10.0, 100.0)
 METRICS = ("srocc", "plcc", "krocc", "rmse")
@@ -144,6 +148,7 @@ def pick_device():
     if torch.cuda.is_available():
         return torch.device("cuda")
     keep_freed_memory()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # on the CPU too; see attention
     return torch.device("cpu")
 
 
@@ -1065,6 +1070,16 @@ def can_pool_block(block):
             and block.attn.logit_scale is None and block.attn.head_scale is None)
 
 
+def attention(device):
+    """Return a context in which attention has a fast backward pass.
+
+    torch's fused kernel for the CPU is up to four times slower backward, in half precision, than
+    matrix products that stay in it.
+    """
+    slow = device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()
+
+
 class Tower:
     """One CLIP encoder, split at its freeze boundary into a frozen prefix and a trainable suffix.
 
@@ -1130,8 +1145,10 @@ class Tower:
         """Run what trains; returns (B, D) unit-norm float32 embeddings."""
         if self.frozen == "all":
             return x.float()
-        x = self.embed(x) if self.frozen is None else x
-        return F.normalize(self.finish(x, self.frozen or 0, end).float(), dim=-1)
+        # A block that is recomputed must find the same kernel then, outside of this context.
+        with contextlib.nullcontext() if self.checkpointing else attention(x.device):
+            x = self.embed(x) if self.frozen is None else x
+            return F.normalize(self.finish(x, self.frozen or 0, end).float(), dim=-1)
 
     def _finish(self, x, start, end):
         return self.pool(self.run(x, start, self.depth, end), end)
@@ -1439,30 +1456,33 @@ class QualityHead(nn.Module):
 class ConsistencyHead(nn.Module):
     """Predict consistency from both embeddings; its base is CLIP's own cosine.
 
-    base: a * (s + 1) / 2 + b, or with two branches the mean of sigmoid(alpha * s + beta) and an
-    MLP branch. score: base + scale * tanh(MLP([f, t, s])), or without residual learning
-    sigmoid(MLP([f, t, s])), or the two-branch base.
-    f, t: (B, D) unit-norm; s: (B,) their cosine. Returns (score, base, delta) as QualityHead.
+    base: a * (s0 + 1) / 2 + b' + e * q, or with two branches the mean of
+    sigmoid(a * s0 + b' + e * q) and an MLP branch. People call a broken picture inconsistent, too,
+    hence q; e starts at 0 unless the base is calibrated. score: base + scale * tanh(MLP([f, t, s])),
+    or without residual learning sigmoid(MLP([f, t, s])), or the two-branch base.
+    f, t: (B, D) unit-norm; s, s0: (B,) their cosine, now and before training; q: (B,) detached
+    quality scores. Returns (score, base, delta) as QualityHead.
     """
 
     def __init__(self, dim, args):
         super().__init__()
         self.residual = not args.no_residual_learning
         self.scale = args.residual_scale_c if self.residual else 0.0
-        self.affine = nn.Parameter(torch.tensor([1.0, 0.0]))
+        self.affine = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))  # a, b', e
         self.branch = mlp(2 * dim + 1, args.dropout) if args.use_two_branch else None
         self.delta = (mlp(2 * dim + 1, args.dropout)
                       if self.residual or not args.use_two_branch else None)
 
-    def cosine_base(self, s):
+    def cosine_base(self, s0, q):
         """Return the affine map of the cosine, on the logit scale where there are two branches."""
+        a, b, e = self.affine
         if self.branch is None:
-            return self.affine[0] * (s + 1) / 2 + self.affine[1]
-        return torch.sigmoid(self.affine[0] * s + self.affine[1])
+            return a * (s0 + 1) / 2 + b + e * q
+        return torch.sigmoid(a * s0 + b + e * q)
 
-    def forward(self, f, t, s):
+    def forward(self, f, t, s, s0, q):
         x = pair_features(f, t, s)
-        base = self.cosine_base(s)
+        base = self.cosine_base(s0, q)
         if self.branch is not None:
             base = (base + torch.sigmoid(self.branch(x)).squeeze(-1)) / 2
         if self.delta is None:
@@ -1536,15 +1556,16 @@ class CLIPScorer(nn.Module):
         channels_last = self.towers["image"].channels_last
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
-    def score(self, f, t):
+    def score(self, f, t, s0=None):
         """Run the heads in float32 on (B, D) unit-norm embeddings; returns a dict of (B,) tensors.
 
+        s0: (B,) cosines by the CLIP before training, None where it is this one.
         q, c: scores, not clamped; q_base, c_base: what the base says; q_delta, c_delta: in
         (-1, 1); c_coarse: c before refinement; explanation: (B, D), where asked for.
         """
         s = (f * t).sum(dim=-1)
         q, q_base, q_delta = self.quality(f)
-        c, c_base, c_delta = self.consistency(f, t, s)
+        c, c_base, c_delta = self.consistency(f, t, s, s if s0 is None else s0, q.detach())
         out = {"q": q, "c": c, "q_base": q_base.detach(), "c_base": c_base.detach(),
                "q_delta": q_delta.detach(), "c_delta": c_delta.detach()}
         if self.refinement is not None:
@@ -1553,16 +1574,16 @@ class CLIPScorer(nn.Module):
             out["explanation"] = self.explanation(pair_features(f, t, s))
         return out
 
-    def forward(self, image, text, end, inverse):
+    def forward(self, image, text, end, inverse, s0=None):
         """Score a batch from what lies at the freeze boundaries.
 
         image: (B, ..) image tower input or boundary; text, end: the same for the batch's unique
-        prompts; inverse: (B,) index into them.
+        prompts; inverse: (B,) index into them; s0: see score.
         """
         f = self.towers["image"].suffix(image)
         t = self.towers["text"].suffix(text, end)[inverse]
         with torch.autocast(f.device.type, enabled=False):
-            return self.score(f, t)
+            return self.score(f, t, s0)
 
     def trained_state(self):
         """Return the state-dict entries that training changes: all but what is frozen."""
@@ -1722,12 +1743,10 @@ class Floors:
 
     pred: {"zero_shot", "linear_probe"[, "prompt_mean"]} of {"q", "c"} (N,) predictions for all rows
     quality_base: (weights (D,), intercept) of the quality probe on the logit of the scaled MOS
-    affine: [a, b'] of the least-squares map of (s + 1) / 2 to the consistency MOS
     """
 
     pred: dict
     quality_base: tuple
-    affine: list
 
 
 def fit_floors(f, t, antonyms, table, train, args):
@@ -1751,9 +1770,8 @@ def fit_floors(f, t, antonyms, table, train, args):
     if args.split_by == "image":
         pred["prompt_mean"] = {"q": prompt_mean(table, q, train),
                                "c": prompt_mean(table, c, train)}
-    slope, offset = ridge((s[train, None] + 1) / 2, c[train], [1e-9])[0]
     return Floors({name: {k: v.numpy() for k, v in p.items()} for name, p in pred.items()},
-                  (weights, intercept), [slope.item(), offset.item()])
+                  (weights, intercept))
 
 
 def prompt_mean(table, mos, train):
@@ -1764,21 +1782,22 @@ def prompt_mean(table, mos, train):
 
 
 @torch.no_grad()
-def calibrate(scorer, floors, cosines, mos):
+def calibrate(scorer, floors, mos, train):
     """Start the base where CLIP already is (linear probing first: Kumar et al., ICLR 2022).
 
-    Quality: the linear probe. Consistency: least squares on the cosine; of two branches, on the
-    logit of the MOS. cosines, mos: training rows.
+    Quality: the linear probe. Consistency: least squares on the cosine and the quality base; of
+    two branches, on the logit of the MOS. mos: (N,) consistency; train: training rows.
     """
     weights, intercept = floors.quality_base
-    base = scorer.quality.base
+    base, head = scorer.quality.base, scorer.consistency
     base.weight.copy_((weights / scorer.quality.input_scale)[None])
     base.bias.fill_(intercept.item())
-    affine = floors.affine
-    if scorer.consistency.branch is not None:
-        slope, offset = ridge(cosines[:, None].double(), logit(mos.double()), [1e-9])[0]
-        affine = [slope.item(), offset.item()]
-    scorer.consistency.affine.copy_(torch.tensor(affine))
+    s, q = (torch.from_numpy(floors.pred[name][target][train]).double()
+            for name, target in (("zero_shot", "c"), ("linear_probe", "q")))
+    target = torch.from_numpy(mos[train]).double()
+    x, y = ((s + 1) / 2, target) if head.branch is None else (s, logit(target))
+    (a, e), b = ridge(torch.stack([x, q], dim=1), y, [1e-9])[0]
+    head.affine.copy_(torch.stack([a, b, e]))
 
 
 # --- feature cache --------------------------------------------------------------------------
@@ -2348,7 +2367,8 @@ STOP = Stop()
 class Run:
     """Everything that one training run needs; see set_up.
 
-    targets: {"q", "c"} of (N,) scaled MOS on the device; teacher: (U, D) text embeddings of the
+    targets: {"q", "c"} of (N,) scaled MOS on the device; cosines: (N,) of the CLIP before training
+    (s0), there too; teacher: (U, D) text embeddings of the
     explanations, or None; model: the scorer as it is trained, which is in torch's
     DistributedDataParallel where there are several processes; state: epoch, best epoch and
     score, epochs waited, log rows.
@@ -2365,6 +2385,7 @@ class Run:
     images: ImageInputs
     texts: TextInputs
     targets: dict
+    cosines: torch.Tensor
     teacher: torch.Tensor | None
     floors: Floors
     optimizer: torch.optim.Optimizer
@@ -2392,8 +2413,9 @@ def distributed(scorer, table, images, texts, args):
 def forward(run, view, x, model=None):
     """Return the outputs of the scorer, or of run.model, for a View and its image input."""
     text, end, inverse = run.texts.fetch(run.table.prompt_id[view.rows])
+    s0 = run.cosines[torch.from_numpy(view.rows).to(run.device)]
     with autocast(run.args, run.device):
-        return (model or run.scorer)(x, text, end, inverse)
+        return (model or run.scorer)(x, text, end, inverse, s0)
 
 
 def add_targets(run, view, window):
@@ -2514,13 +2536,17 @@ def average_buffers(run):
 
 
 def apply_update(run, factor):
-    """Clip the gradient, step the optimiser at factor times its peak learning rates."""
+    """Clip the gradient, step the optimiser at factor times its peak learning rates.
+
+    The fused AdamW divides by grad_scale as it reads a gradient: no pass of its own for clipping.
+    """
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     if run.args.max_grad_norm:
         run.scaler.unscale_(run.optimizer)
-        trained = [p for group in run.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(trained, run.args.max_grad_norm)
+        norm = nn.utils.get_total_norm([p.grad for group in run.optimizer.param_groups
+                                        for p in group["params"] if p.grad is not None])
+        run.optimizer.grad_scale = (norm / run.args.max_grad_norm).clamp(min=1)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -3629,7 +3655,11 @@ def side_prompt(path, base):
 
 
 def load_scorer(args):
-    """Return (scorer, tokenizer, identity, saved arguments, label scales) of --checkpoint."""
+    """Return (scorer, tokenizer, identity, saved arguments, label scales) of --checkpoint.
+
+    scorer.before: the towers before training, which the base's cosine needs; what is frozen is
+    shared with those after it.
+    """
     content = WORLD.from_main(load_checkpoint, args.checkpoint)
     saved = argparse.Namespace(**content["args"])
     clip, tokenizer, identity = load_clip(saved, saved.seed)
@@ -3639,7 +3669,14 @@ def load_scorer(args):
     towers = {"image": image_tower(clip), "text": text_tower(clip)}
     freeze_towers(clip, towers, saved)
     scorer = CLIPScorer(clip, towers, identity["embed_dim"], identity["preprocess"], saved)
+    before = towers
+    if not saved.freeze_clip:
+        frozen = {id(p): p for p in clip.parameters() if not p.requires_grad}
+        clip = copy.deepcopy(clip, frozen)
+        before = {"image": image_tower(clip), "text": text_tower(clip)}
+        freeze_towers(clip, before, saved)
     load_trained_state(scorer, content["state"], args.checkpoint)
+    scorer.clip_before, scorer.before = clip, before
     return scorer.eval(), tokenizer, identity, saved, content["scales"]
 
 
@@ -3652,9 +3689,11 @@ def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
     unique, index = unique_texts(prompts)
     texts = TextInputs(scorer, tokenize(tokenizer, unique, "prompts"), identity,
                        argparse.Namespace(**{**vars(args), "cache": "off"}), device)
+    after_and_before = (scorer.towers, scorer.before)
     with autocast(args, device):
-        t = torch.cat([scorer.towers["text"].suffix(*texts.boundary(rows))
-                       for rows in torch.arange(len(unique)).split(64)])
+        boundaries = [texts.boundary(rows) for rows in torch.arange(len(unique)).split(64)]
+        t, t0 = (torch.cat([towers["text"].suffix(*boundary) for boundary in boundaries])
+                 for towers in after_and_before)
     live = LiveImages(ImageBatches(paths, identity["preprocess"]), args, device)
     batches = np.array_split(np.arange(len(paths)), -(-len(paths) // args.batch_size))
     batches = batches[WORLD.part(len(batches))]
@@ -3662,8 +3701,9 @@ def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
     for rows, (images, bad) in progress(zip(batches, live.stream(batches)), "score", len(batches)):
         with autocast(args, device):
             image = scorer.towers["image"].prefix(scorer.pixels(images.to(device)))
-            f = scorer.towers["image"].suffix(image)
-        scores = scorer.score(f, t[torch.from_numpy(index[rows]).to(device)])
+            f, f0 = (towers["image"].suffix(image) for towers in after_and_before)
+        own = torch.from_numpy(index[rows]).to(device)
+        scores = scorer.score(f, t[own], (f0 * t0[own]).sum(-1))
         out.append(torch.stack([scores[key] for key in keys]).float().cpu())
         errors.update(bad)
     scores = dict(zip(keys, torch.cat(WORLD.gather(out), dim=1).numpy()))
@@ -3791,19 +3831,18 @@ def set_up(args, table, seed):
     f, t = frozen_embeddings(images, texts, table, identity_key, args)
     floors = fit_floors(f, t, antonyms.cpu(), table, parts["train"], args)
     if not args.no_base_calibration:
-        train = parts["train"]
-        calibrate(scorer, floors, (f * t).sum(-1)[train],
-                  torch.from_numpy(table.consistency[train]))
+        calibrate(scorer, floors, table.consistency, parts["train"])
     model = distributed(scorer, table, images, texts, args)
     for tower in towers.values():
         tower.checkpointing = args.grad_checkpointing
         tower.finish = torch.compile(tower.finish) if args.compile else tower.finish
-    targets = {t: torch.from_numpy(m).to(device)
-               for t, m in human(table, np.arange(len(table.paths))).items()}
+    targets = {target: torch.from_numpy(mos).to(device)
+               for target, mos in human(table, np.arange(len(table.paths))).items()}
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     state = {"epoch": 0, "best_score": -math.inf, "best_epoch": 0, "waited": 0, "log": []}
     return Run(args, seed, device, table, parts, identity, scorer, model, images, texts, targets,
-               teacher, floors, make_optimizer(scorer, args, device), scaler, state)
+               (f * t).sum(-1).to(device), teacher, floors, make_optimizer(scorer, args, device),
+               scaler, state)
 
 
 def print_setup(args, table, parts, towers, device, scorer):

@@ -2,7 +2,8 @@
 
     python benchmarks/speed.py --data_csv_path data/data.csv --image_base_dir data/images
 
-(a) this program with a warm cache: baseline.train_one_epoch.
+(a) this program: first run, which is set-up with an empty cache and an epoch, and warm epoch
+    (baseline.train_one_epoch with the cache filled).
 (b) a plain loop, as most fine-tuning scripts have it: open_clip's default model, prompts padded to
     the full context, images decoded in every epoch, the whole forward pass, requires_grad=False on
     what is frozen, unfused AdamW.
@@ -10,19 +11,21 @@
 (d) the arithmetic of (a), from 24 N d^2 + 4 N^2 d floating-point operations per block of N tokens
     of width d (forward), over the best matrix-product rate measured here at that precision.
 
-Repetitions are interleaved and medians are printed, so that a busy machine slows all alike.
+Repetitions are interleaved and medians are printed, so that a busy machine slows all alike. Each
+case has a process of its own, so that its peak memory, that of (a)'s warm epoch, is its own.
 """
 
 import argparse
 import contextlib
 import io
-import json
 import logging
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -106,18 +109,19 @@ class PlainLoop:
     """The training loop that most scripts have (see b), with the same heads and the same freezing."""
 
     def __init__(self, run, options):
-        self.run, self.options = run, options
+        self.run, self.options, self.device = run, options, run.device
         self.clip, _, preprocess = open_clip.create_model_and_transforms(options.clip_model)
         state = {name.removeprefix("clip."): value for name, value in
                  run.scorer.state_dict().items() if name.startswith("clip.")}
         self.clip.load_state_dict(state)
+        self.clip.to(self.device)
         frozen = {name.removeprefix("clip.") for name, p in run.scorer.named_parameters()
                   if not p.requires_grad}
         for name, parameter in self.clip.named_parameters():
             parameter.requires_grad_(name not in frozen)
         dim = run.identity["embed_dim"]
         self.heads = nn.ModuleList([baseline.QualityHead(dim, run.args),
-                                    baseline.ConsistencyHead(dim, run.args)])
+                                    baseline.ConsistencyHead(dim, run.args)]).to(self.device)
         tokens = open_clip.get_tokenizer(options.clip_model)(run.table.prompts)
         self.loaders = {part: torch.utils.data.DataLoader(
             PlainImages(run, part, preprocess, tokens), batch_size=options.batch_size,
@@ -128,18 +132,19 @@ class PlainLoop:
 
     def score(self, image, text):
         """Return (quality, consistency) of a batch."""
-        half = torch.bfloat16 if self.options.precision == "bf16" else None
-        with torch.autocast("cpu", half, enabled=half is not None):
-            f = self.clip.encode_image(image, normalize=True).float()
-            t = self.clip.encode_text(text, normalize=True).float()
-        return self.heads[0](f)[0], self.heads[1](f, t, (f * t).sum(-1))[0]
+        with baseline.autocast(self.options, self.device):
+            f = self.clip.encode_image(image.to(self.device), normalize=True).float()
+            t = self.clip.encode_text(text.to(self.device), normalize=True).float()
+        q, s = self.heads[0](f)[0], (f * t).sum(-1)
+        return q, self.heads[1](f, t, s, s, q.detach())[0]
 
     def epoch(self):
         """Train for one epoch."""
         self.clip.train()
         for image, text, quality, consistency in self.loaders["train"]:
             q, c = self.score(image, text)
-            loss = nn.functional.mse_loss(q, quality) + nn.functional.mse_loss(c, consistency)
+            loss = (nn.functional.mse_loss(q, quality.to(self.device))
+                    + nn.functional.mse_loss(c, consistency.to(self.device)))
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -162,15 +167,16 @@ class Limit:
         self.batches = []
         for view, x in zip(self.views, run.images.stream(self.views)):
             text = run.texts.fetch(run.table.prompt_id[view.rows])
-            self.batches.append((x.clone(), text, baseline.add_targets(run, view, view.rows)))
+            inputs = x.clone(), *text, run.cosines[torch.from_numpy(view.rows)]
+            self.batches.append((inputs, baseline.add_targets(run, view, view.rows)))
 
     def epoch(self):
         """Run one epoch's batches."""
         run = self.run
         run.scorer.train()
-        for x, text, batch in self.batches:
+        for inputs, batch in self.batches:
             with baseline.autocast(run.args, run.device):
-                out = run.scorer(x, *text)
+                out = run.scorer(*inputs)
             baseline.losses(out, batch, run.args)[1].backward()
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
@@ -208,26 +214,57 @@ def trained_flops(run):
     return total
 
 
-def gemm_rate(precision, seconds=0.5):
+def gemm_rate(precision, device, seconds=0.5):
     """Return the best measured operations per second of a matrix product at a precision."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     best = 0.0
     for m, k, n in ((1600, 768, 3072), (1600, 3072, 768), (2048, 1024, 4096), (4096, 1024, 1024)):
-        a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
+        a, b = (torch.randn(shape, dtype=dtype, device=device) for shape in ((m, k), (k, n)))
         a @ b
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
-            began = time.perf_counter()
-            a @ b
-            best = max(best, 2 * m * k * n / (time.perf_counter() - began))
+            best = max(best, 2 * m * k * n / timed(lambda: a @ b))
     return best
+
+
+def wait():
+    """Wait for the GPU, where there is one, to finish what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def timed(function):
     """Return the seconds that a call takes."""
+    wait()
     began = time.perf_counter()
     function()
+    wait()
     return time.perf_counter() - began
+
+
+def memory_mb():
+    """Return (anonymous, file-backed, peak) resident megabytes of this process."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile", "VmHWM"))
+
+
+def reset_peak():
+    """Let the peaks of memory be counted from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_mb():
+    """Return the peak megabytes since reset_peak: of the GPU where there is one, else of RAM."""
+    return (torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available()
+            else memory_mb()[2])
+
+
+def in_process(function, *args):
+    """Return what a function returns in a new process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def compare(options, case, csv, folder, rate):
@@ -235,14 +272,22 @@ def compare(options, case, csv, folder, rate):
 
     Returns the seconds of the plain loop's epoch and of its validation.
     """
-    run = set_up(options, case, csv, folder)
-    plain, limit = PlainLoop(run, options), Limit(run)
+    logging.disable(logging.WARNING)  # open_clip says of every model that it is random
     epochs = iter(range(1, 10_000))
+    began = time.perf_counter()
+    run = set_up(options, case, csv, folder)
 
     def ours():
         baseline.train_one_epoch(run, next(epochs))
 
-    ours(), limit.epoch()  # warm up: thread pools, allocators
+    ours()
+    wait()
+    first = time.perf_counter() - began
+    reset_peak()
+    ours()
+    peak = peak_mb()
+    plain, limit = PlainLoop(run, options), Limit(run)
+    limit.epoch()  # warm up: thread pools, allocators
     seconds = {"a": [], "b": [], "c": []}
     quick = 5 if case == "freeze_clip" else 1  # millisecond epochs need more repetitions
     for _ in range(options.rounds):
@@ -253,15 +298,9 @@ def compare(options, case, csv, folder, rate):
     a, b, c = (statistics.median(seconds[name]) for name in "abc")
     images = len(run.parts["train"])
     used = trained_flops(run) / rate / a
-    print(f"| {case} | {images} | {b:.2f} | {a:.3f} | {c:.3f} | {images / a:.0f} | {b / a:.1f} | "
-          f"{a / c:.2f} | {used:.2f} |", flush=True)
+    print(f"| {case} | {images} | {b:.2f} | {first:.2f} | {a:.3f} | {c:.3f} | {images / a:.0f} | "
+          f"{b / a:.1f} | {a / c:.2f} | {used:.2f} | {peak:.0f} |", flush=True)
     return b, timed(plain.validate)
-
-
-def memory_mb():
-    """Return (anonymous, file-backed, peak) resident megabytes of this process."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile", "VmHWM"))
 
 
 def whole_commands(options, csv, folder, plain):
@@ -283,45 +322,46 @@ def whole_commands(options, csv, folder, plain):
 def growth(options, counts, folder):
     """Print seconds and memory of a warm partial-freeze epoch as the number of images grows.
 
-    Each count is a process of its own, so that memory is that run's.
+    Each count is a process of its own, after one that fills the cache.
     """
     print("\n| images | warm epoch s | cache MB | anonymous MB | file-backed MB | peak MB |\n"
           "| --- | --- | --- | --- | --- | --- |")
     for count in counts:
         csv = write_subset(options, count, folder)
-        for _ in range(2):  # the first process fills the cache, the second one is measured
-            code = ("import sys, json; sys.path.insert(0, sys.argv[1]); import speed; "
-                    "speed.measure_growth(json.loads(sys.argv[2]))")
-            request = {**vars(options), "csv": str(csv), "folder": str(folder)}
-            result = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent),
-                                     json.dumps(request)], check=True, capture_output=True,
-                                    text=True)
-        print(f"| {count} | " + result.stdout.splitlines()[-1], flush=True)
+        in_process(fill_cache, options, csv, folder)
+        in_process(measure_growth, options, csv, folder)
 
 
-def measure_growth(request):
-    """Print one row of the growth table (runs in its own process)."""
-    options = argparse.Namespace(**request)
-    run = set_up(options, "partial_freeze", options.csv, options.folder)
+def fill_cache(options, csv, folder):
+    """Fill the cache of the partial-freeze run."""
+    set_up(options, "partial_freeze", csv, folder)
+
+
+def measure_growth(options, csv, folder):
+    """Print one row of the growth table."""
+    run = set_up(options, "partial_freeze", csv, folder)
     baseline.train_one_epoch(run, 1)
     seconds = timed(lambda: baseline.train_one_epoch(run, 2))
     anonymous, mapped, peak = memory_mb()
     size = run.images.features.array.nbytes / 1e6
-    print(f"{seconds:.2f} | {size:.0f} | {anonymous:.0f} | {mapped:.0f} | {peak:.0f} |")
+    print(f"| {len(run.table.paths)} | {seconds:.2f} | {size:.0f} | {anonymous:.0f} | "
+          f"{mapped:.0f} | {peak:.0f} |", flush=True)
 
 
 def main():
     """Print the tables."""
     options = parse_args()
-    logging.disable(logging.WARNING)  # open_clip says of every model that it is random
-    rate = gemm_rate(options.precision)
+    device = baseline.pick_device()
+    rate = gemm_rate(options.precision, device)
     print(f"{options.clip_model}, {options.precision}, batch {options.batch_size}, "
-          f"{torch.get_num_threads()} threads, best matrix product {rate / 1e9:.0f} GFLOP/s\n")
-    print("| case | images | plain b, s | warm a, s | limit c, s | images/s | b : a | a : c | "
-          "of the GEMM rate |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+          f"{device}, {torch.get_num_threads()} threads, best matrix product "
+          f"{rate / 1e9:.0f} GFLOP/s\n")
+    print("| case | images | plain b, s | first a, s | warm a, s | limit c, s | images/s | b : a | "
+          "a : c | of the GEMM rate | peak MB |\n| " + " | ".join(["---"] * 11) + " |")
     with tempfile.TemporaryDirectory() as folder:
         csv = write_subset(options, options.images, folder)
-        plain = {case: compare(options, case, csv, folder, rate) for case in options.cases}
+        plain = {case: in_process(compare, options, case, csv, folder, rate)
+                 for case in options.cases}
         if options.whole:
             whole_commands(options, csv, folder, plain["freeze_clip"])
         if options.growth:

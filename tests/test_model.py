@@ -267,17 +267,30 @@ def test_gradients_equal_open_clips_own(towers, clips, variant, frozen):
     assert frozen is not None or trained == len(wanted) - 1  # all but logit_scale
 
 
+def gradients(towers, checkpointing=False, half=False):
+    """Return {name: gradient} of a sum over both towers, in bf16 where half."""
+    clip, image, text, ids = towers("vit", 1)
+    image.checkpointing = text.checkpointing = checkpointing
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        out = through_image(image, images())[:, 0].sum() + through_text(text, ids)[:, 0].sum()
+    out.backward()
+    return {n: p.grad for n, p in clip.named_parameters() if p.grad is not None}
+
+
 def test_gradient_checkpointing_changes_nothing(towers):
     """Recomputed activations give the same gradients."""
-    grads = []
-    for checkpointing in (False, True):
-        clip, image, text, ids = towers("vit", 1)
-        image.checkpointing = text.checkpointing = checkpointing
-        out = through_image(image, images())[:, 0].sum() + through_text(text, ids)[:, 0].sum()
-        out.backward()
-        grads.append({n: p.grad for n, p in clip.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 20
-    assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-7) for n in grads[0])
+    plain, recomputed = gradients(towers), gradients(towers, checkpointing=True)
+    assert plain.keys() == recomputed.keys() and len(plain) > 20
+    assert all(torch.allclose(plain[n], recomputed[n], atol=1e-7) for n in plain)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_in_bf16_are_near_those_in_fp32(towers, checkpointing):
+    """Whichever attention kernel half precision takes, the gradients are right to its rounding."""
+    exact, half = gradients(towers), gradients(towers, checkpointing, half=True)
+    assert exact.keys() == half.keys()
+    a, b = (torch.cat([g[n].flatten() for n in exact]) for g in (exact, half))
+    assert 0 < (a - b).norm() < 0.03 * a.norm()
 
 
 @pytest.mark.parametrize("frozen", [None, 2, "all"])
@@ -451,11 +464,12 @@ def test_residual_formulas():
     """q and c are base plus scale times delta; the bases are those of the documentation."""
     made, (f, t) = scorer("--residual_scale_q", 0.3, "--residual_scale_c", 0.15), pairs()
     out = made.score(f, t)
-    a, b = made.consistency.affine
+    a, b, e = made.consistency.affine
     weights = made.quality.base.weight[0] * EMBED_DIM ** 0.5
     cosine = F.cosine_similarity(f, t)
     assert_close([out["q_base"], out["c_base"]],
-                 [torch.sigmoid(f @ weights + made.quality.base.bias), a * (cosine + 1) / 2 + b])
+                 [torch.sigmoid(f @ weights + made.quality.base.bias),
+                  a * (cosine + 1) / 2 + b + e * out["q"]])
     assert_close([out["q"], out["c"]], [out["q_base"] + 0.3 * out["q_delta"],
                                        out["c_base"] + 0.15 * out["c_delta"]], 1e-6)
     assert out["q_delta"].abs().min() > 0 and out["q_delta"].std() > 0.01
@@ -500,10 +514,10 @@ def test_two_branch_formula(more):
     """The two-branch base is the mean of a cosine branch and an MLP branch."""
     made, (f, t) = scorer("--use_two_branch", *more), pairs()
     out, cosine = made.score(f, t), F.cosine_similarity(f, t)
-    a, b = made.consistency.affine
+    a, b, e = made.consistency.affine
     x = baseline.pair_features(f, t, cosine)
     mlp = torch.sigmoid(made.consistency.branch(x)[:, 0])
-    base = (torch.sigmoid(a * cosine + b) + mlp) / 2
+    base = (torch.sigmoid(a * cosine + b + e * out["q"]) + mlp) / 2
     assert_close([out["c_base"]], [base])
     assert mlp.std() > 0.01
     delta = 0.0 if more else out["c_delta"]
@@ -546,6 +560,18 @@ def test_quality_is_blind_to_the_prompt_and_consistency_is_not(more):
     for key in ("q", "q_base", "q_delta"):
         assert torch.equal(plain[key], shuffled[key])
     assert (plain["c"] - shuffled["c"]).abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("more", [[], ["--use_two_branch"]])
+def test_quality_moves_consistency_and_gets_no_gradient_from_it(more):
+    """The base leans on the quality score, which is trained by the human quality scores alone."""
+    made, (f, t) = scorer(*more), pairs()
+    gradients = torch.autograd.grad(made.score(f, t)["c"].sum(), list(made.quality.parameters()),
+                                    allow_unused=True)
+    assert all(gradient is None for gradient in gradients)
+    before = made.score(f, t)["c_base"]
+    made.quality.base.bias.data += 1
+    assert (made.score(f, t)["c_base"] - before).abs().min() > 1e-4
 
 
 def test_the_whole_scorer_sees_prompt_and_picture(build):

@@ -164,28 +164,30 @@ def test_the_ridge_strength_is_chosen_over_groups():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_epoch_zero_is_the_linear_probe(train, mode):
-    """Before the first step, quality is where the linear probe is, and consistency is CLIP's."""
+    """Before the first step, quality is where the linear probe is."""
     run = train(*MODES[mode], "--epochs", 1)
     start, floors = run.summary["start"], run.summary["floors"]
     assert start["srocc_q"] == pytest.approx(floors["linear_probe"]["srocc_q"], abs=0.002)
-    assert abs(start["srocc_c"]) == pytest.approx(abs(floors["zero_shot"]["srocc_c"]), abs=0.002)
 
 
-def test_the_consistency_base_is_the_least_squares_line(build, reference):
-    """a and b' of the base are the least-squares fit of (s + 1) / 2 to the training MOS."""
-    run = build("--freeze_clip")
+@pytest.mark.parametrize("mode", MODES)
+def test_the_consistency_base_is_the_least_squares_plane(build, reference, mode):
+    """Epoch 0 predicts the least-squares fit of (s + 1) / 2 and the quality probe to the MOS."""
+    run = build(*MODES[mode])
     f, t = reference(run.table)
-    train = run.parts["train"]
-    slope, offset = np.polyfit(((f * t).sum(1)[train] + 1) / 2, run.table.consistency[train], 1)
-    a, b = run.scorer.consistency.affine.tolist()
-    assert a == pytest.approx(slope, rel=1e-2) and b == pytest.approx(offset, rel=1e-2)
+    train, s = run.parts["train"], (f * t).sum(1)
+    x = np.column_stack([(s + 1) / 2, run.floors.pred["linear_probe"]["q"], np.ones(len(s))])
+    plane = np.linalg.lstsq(x[train], run.table.consistency[train], rcond=None)[0]
+    assert run.scorer.consistency.affine.tolist() == pytest.approx(plane[[0, 2, 1]], rel=1e-2)
+    rows = run.parts["val"]
+    assert baseline.evaluate(run, rows)["c"] == pytest.approx((x @ plane)[rows], abs=1e-3)
 
 
 def test_without_calibration_the_base_is_not_fitted(build):
-    """--no_base_calibration starts elsewhere: a = 1, b' = 0 and a random quality base."""
+    """--no_base_calibration starts elsewhere: a = 1, b' = e = 0 and a random quality base."""
     fitted, plain = build("--freeze_clip"), build("--freeze_clip", "--no_base_calibration", out="b")
-    assert plain.scorer.consistency.affine.tolist() == [1, 0]
-    assert fitted.scorer.consistency.affine.tolist() != [1, 0]
+    assert plain.scorer.consistency.affine.tolist() == [1, 0, 0]
+    assert fitted.scorer.consistency.affine.tolist() != [1, 0, 0]
     rows, mos = fitted.parts["train"], baseline.human(fitted.table, fitted.parts["train"])
     good, bad = (baseline.metrics(baseline.evaluate(r, rows), mos) for r in (fitted, plain))
     assert good["rmse_q"] < bad["rmse_q"] and good["rmse_c"] < bad["rmse_c"]
