@@ -1458,8 +1458,9 @@ class ConsistencyHead(nn.Module):
 
     base: a * (s0 + 1) / 2 + b' + e * q, or with two branches the mean of
     sigmoid(a * s0 + b' + e * q) and an MLP branch. People call a broken picture inconsistent, too,
-    hence q; e starts at 0 unless the base is calibrated. score: base + scale * tanh(MLP([f, t, s])),
-    or without residual learning sigmoid(MLP([f, t, s])), or the two-branch base.
+    hence q; e starts at 0 unless the base is calibrated. score: base + scale *
+    tanh(MLP([f, t, s])), or without residual learning sigmoid(MLP([f, t, s])), or the two-branch
+    base.
     f, t: (B, D) unit-norm; s, s0: (B,) their cosine, now and before training; q: (B,) detached
     quality scores. Returns (score, base, delta) as QualityHead.
     """
@@ -1721,15 +1722,18 @@ def ridge(x, y, strengths):
 
 
 def fit_ridge(x, y, groups, folds=5):
-    """Fit a ridge whose strength is chosen by cross-validation over groups, (n,) int; see ridge."""
+    """Fit a ridge whose strength is chosen by cross-validation over groups, (n,) int; see ridge.
+
+    Returns ((weights, intercept), (n,) predictions of each row by a fit that did not see it).
+    """
     fold = np.random.default_rng(0).permutation(groups.max() + 1)[groups] % folds
-    errors = torch.zeros(len(RIDGE_STRENGTHS), dtype=x.dtype)
+    unseen = y.mean().repeat(len(RIDGE_STRENGTHS), len(y))
     for held_out in (torch.from_numpy(fold == i) for i in range(folds)):
         if 0 < held_out.sum() < len(y):
             fits = ridge(x[~held_out], y[~held_out], RIDGE_STRENGTHS)
-            errors += torch.stack([((x[held_out] @ w + b - y[held_out]) ** 2).sum()
-                                   for w, b in fits])
-    return ridge(x, y, [RIDGE_STRENGTHS[int(errors.argmin())]])[0]
+            unseen[:, held_out] = torch.stack([x[held_out] @ w + b for w, b in fits])
+    best = int(((unseen - y) ** 2).sum(dim=1).argmin())
+    return ridge(x, y, [RIDGE_STRENGTHS[best]])[0], unseen[best]
 
 
 def logit(p):
@@ -1743,10 +1747,12 @@ class Floors:
 
     pred: {"zero_shot", "linear_probe"[, "prompt_mean"]} of {"q", "c"} (N,) predictions for all rows
     quality_base: (weights (D,), intercept) of the quality probe on the logit of the scaled MOS
+    quality_unseen: (n,) quality of the training rows by probes that were fitted without them
     """
 
     pred: dict
     quality_base: tuple
+    quality_unseen: torch.Tensor
 
 
 def fit_floors(f, t, antonyms, table, train, args):
@@ -1761,9 +1767,9 @@ def fit_floors(f, t, antonyms, table, train, args):
     s = (f * t).sum(-1)
     q, c = (torch.from_numpy(mos).double() for mos in (table.quality, table.consistency))
     groups = np.unique(table.prompt_id[train], return_inverse=True)[1]
-    weights, intercept = fit_ridge(f[train], logit(q[train]), groups)
+    (weights, intercept), unseen = fit_ridge(f[train], logit(q[train]), groups)
     pairs = torch.cat([f, t, f * t, s[:, None]], dim=1)
-    weights_c, intercept_c = fit_ridge(pairs[train], c[train], groups)
+    (weights_c, intercept_c), _ = fit_ridge(pairs[train], c[train], groups)
     pred = {"zero_shot": {"q": torch.softmax(100 * f @ antonyms.T, dim=-1)[:, 0], "c": s},
             "linear_probe": {"q": torch.sigmoid(f @ weights + intercept),
                              "c": pairs @ weights_c + intercept_c}}
@@ -1771,7 +1777,7 @@ def fit_floors(f, t, antonyms, table, train, args):
         pred["prompt_mean"] = {"q": prompt_mean(table, q, train),
                                "c": prompt_mean(table, c, train)}
     return Floors({name: {k: v.numpy() for k, v in p.items()} for name, p in pred.items()},
-                  (weights, intercept))
+                  (weights, intercept), torch.sigmoid(unseen))
 
 
 def prompt_mean(table, mos, train):
@@ -1785,18 +1791,19 @@ def prompt_mean(table, mos, train):
 def calibrate(scorer, floors, mos, train):
     """Start the base where CLIP already is (linear probing first: Kumar et al., ICLR 2022).
 
-    Quality: the linear probe. Consistency: least squares on the cosine and the quality base; of
-    two branches, on the logit of the MOS. mos: (N,) consistency; train: training rows.
+    Quality: the linear probe. Consistency: least squares on the cosine and the quality that probes
+    give to rows they did not see (stacking: Wolpert, 1992), so that a probe that knows its training
+    rows by heart is not trusted too much; of two branches, on the logit of the MOS.
+    mos: (N,) consistency; train: training rows.
     """
     weights, intercept = floors.quality_base
     base, head = scorer.quality.base, scorer.consistency
     base.weight.copy_((weights / scorer.quality.input_scale)[None])
     base.bias.fill_(intercept.item())
-    s, q = (torch.from_numpy(floors.pred[name][target][train]).double()
-            for name, target in (("zero_shot", "c"), ("linear_probe", "q")))
+    s0 = torch.from_numpy(floors.pred["zero_shot"]["c"][train])
     target = torch.from_numpy(mos[train]).double()
-    x, y = ((s + 1) / 2, target) if head.branch is None else (s, logit(target))
-    (a, e), b = ridge(torch.stack([x, q], dim=1), y, [1e-9])[0]
+    x, y = ((s0 + 1) / 2, target) if head.branch is None else (s0, logit(target))
+    (a, e), b = ridge(torch.stack([x, floors.quality_unseen], dim=1), y, [1e-9])[0]
     head.affine.copy_(torch.stack([a, b, e]))
 
 
@@ -1839,16 +1846,16 @@ def read_cache(path, count):
     try:
         with open(path, "rb") as handle:
             size = os.fstat(handle.fileno()).st_size - 4
-            if checksum(handle, size) == handle.read():
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-                if array.shape[:1] == (count,):
-                    with contextlib.suppress(OSError):
-                        os.utime(path)  # the most recently used
-                    return array
-    except (OSError, ValueError, EOFError):
-        pass  # as damaged as one with a wrong checksum
-    print(f"cache: {path} is damaged, so it is computed again")
-    return None
+            intact = checksum(handle, size) == handle.read()
+        array = np.load(path, mmap_mode="r", allow_pickle=False) if intact else None
+    except (OSError, ValueError, EOFError):  # as damaged as one with a wrong checksum
+        array = None
+    if array is None or array.shape[:1] != (count,):
+        print(f"cache: {path} is damaged, so it is computed again")
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # the most recently used
+    return array
 
 
 def make_room(folder, size, limit):

@@ -143,7 +143,7 @@ def test_the_ridge_strength_fits_the_noise():
     x, groups = rng.normal(size=(200, 20)), np.repeat(np.arange(50), 4)
     w = rng.normal(size=20)
     for y in (x @ w, rng.normal(size=200) * np.linalg.norm(w)):
-        weights, _ = baseline.fit_ridge(torch.tensor(x), torch.tensor(y), groups)
+        (weights, _), _ = baseline.fit_ridge(torch.tensor(x), torch.tensor(y), groups)
         plain = closed_form(x, y, 0)[0]
         norms.append(float(weights.norm()) / np.linalg.norm(plain))
     assert norms[0] > 0.999 and norms[1] < 0.7
@@ -155,8 +155,20 @@ def test_the_ridge_strength_is_chosen_over_groups():
     groups = np.repeat(np.arange(20), 10)
     x = np.eye(20)[groups] + rng.normal(0, 0.01, (200, 20))
     y = rng.normal(size=20)[groups]
-    weights, _ = baseline.fit_ridge(torch.tensor(x), torch.tensor(y), groups)
+    (weights, _), _ = baseline.fit_ridge(torch.tensor(x), torch.tensor(y), groups)
     assert float(weights.norm()) < 0.2 * np.linalg.norm(closed_form(x, y, 1e-3)[0])
+
+
+def test_unseen_predictions_know_nothing_of_their_own_rows():
+    """Noise is fitted by heart, but not predicted by the fits that left its rows out."""
+    rng = np.random.default_rng(0)
+    x, y, groups = rng.normal(size=(120, 60)), rng.normal(size=120), np.repeat(np.arange(30), 4)
+    (weights, _), unseen = baseline.fit_ridge(torch.tensor(x), torch.tensor(y), groups)
+    assert baseline.plcc(x @ weights.numpy(), y) > 0.5
+    assert abs(baseline.plcc(unseen.numpy(), y)) < 0.2
+    signal = x @ rng.normal(size=60)
+    _, unseen = baseline.fit_ridge(torch.tensor(x), torch.tensor(signal), groups)
+    assert baseline.plcc(unseen.numpy(), signal) > 0.99
 
 
 # --- calibration ----------------------------------------------------------------------------
@@ -172,15 +184,33 @@ def test_epoch_zero_is_the_linear_probe(train, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_consistency_base_is_the_least_squares_plane(build, reference, mode):
-    """Epoch 0 predicts the least-squares fit of (s + 1) / 2 and the quality probe to the MOS."""
+    """Epoch 0 predicts the least-squares fit of (s + 1) / 2 and of unseen quality to the MOS."""
     run = build(*MODES[mode])
     f, t = reference(run.table)
-    train, s = run.parts["train"], (f * t).sum(1)
-    x = np.column_stack([(s + 1) / 2, run.floors.pred["linear_probe"]["q"], np.ones(len(s))])
-    plane = np.linalg.lstsq(x[train], run.table.consistency[train], rcond=None)[0]
+    train, rows = run.parts["train"], run.parts["val"]
+    cosine, ones = ((f * t).sum(1) + 1) / 2, np.ones(len(f))
+    x = np.column_stack([cosine[train], run.floors.quality_unseen, ones[train]])
+    plane = np.linalg.lstsq(x, run.table.consistency[train], rcond=None)[0]
     assert run.scorer.consistency.affine.tolist() == pytest.approx(plane[[0, 2, 1]], rel=1e-2)
-    rows = run.parts["val"]
+    x = np.column_stack([cosine, run.floors.pred["linear_probe"]["q"], ones])
     assert baseline.evaluate(run, rows)["c"] == pytest.approx((x @ plane)[rows], abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_base_keeps_the_cosine_from_before_training(build, reference, mode):
+    """However the towers move, consistency's base reads the cosine of the pretrained ones."""
+    run = build(*MODES[mode], "--lr", 1e-3)
+    rows = run.parts["val"]
+    f, t = (torch.from_numpy(x[rows]) for x in reference(run.table))
+    baseline.train_one_epoch(run, 1)
+    out = baseline.evaluate(run, rows)
+    a, b, e = run.scorer.consistency.affine.tolist()
+    base = a * ((f * t).sum(1).numpy() + 1) / 2 + b + e * out["q"]
+    assert out["c_base"] == pytest.approx(base, abs=1e-4)
+    with torch.no_grad():
+        now = next(run.images.stream(baseline.plain_views(rows, len(rows))))
+        moved = (run.scorer.towers["image"].suffix(now) - f).abs().max()
+    assert (moved > 1e-3) == (mode != "frozen")
 
 
 def test_without_calibration_the_base_is_not_fitted(build):
