@@ -75,7 +75,8 @@ from tqdm import tqdm
 # --- constants ------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-FORMAT, FORMAT_VERSION = "baseline-aigiqa", 3
+FORMAT, FORMAT_VERSION = "baseline-aigiqa", 3  # of checkpoints
+CACHE_VERSION = 2
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOS_SCALES = (1.0, 5.0, 10.0, 100.0)
 METRICS = ("srocc", "plcc", "krocc", "rmse")
@@ -1074,7 +1075,8 @@ def attention(device):
     """Return a context in which attention has a fast backward pass.
 
     torch's fused kernel for the CPU is up to four times slower backward, in half precision, than
-    matrix products that stay in it.
+    matrix products that stay in it; these keep (B, heads, T, T) weights of every block that trains,
+    unless it is recomputed (--grad_checkpointing).
     """
     slow = device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext()
@@ -1319,7 +1321,10 @@ class WholeTower(Tower):
         return super().prefix(x) if self.frozen == "all" else x
 
     def suffix(self, x, end=None):
-        return x.float() if self.frozen == "all" else F.normalize(self.encode(x).float(), dim=-1)
+        if self.frozen == "all":
+            return x.float()
+        with attention(x.device):
+            return F.normalize(self.encode(x).float(), dim=-1)
 
     def embed(self, x):
         return x
@@ -1454,7 +1459,7 @@ class QualityHead(nn.Module):
 
 
 class ConsistencyHead(nn.Module):
-    """Predict consistency from both embeddings; its base is CLIP's own cosine.
+    """Predict consistency from both embeddings; its base is CLIP's own cosine, and the quality.
 
     base: a * (s0 + 1) / 2 + b' + e * q, or with two branches the mean of
     sigmoid(a * s0 + b' + e * q) and an MLP branch. People call a broken picture inconsistent, too,
@@ -1474,8 +1479,8 @@ class ConsistencyHead(nn.Module):
         self.delta = (mlp(2 * dim + 1, args.dropout)
                       if self.residual or not args.use_two_branch else None)
 
-    def cosine_base(self, s0, q):
-        """Return the affine map of the cosine, on the logit scale where there are two branches."""
+    def affine_base(self, s0, q):
+        """Return the affine map of both, on the logit scale where there are two branches."""
         a, b, e = self.affine
         if self.branch is None:
             return a * (s0 + 1) / 2 + b + e * q
@@ -1483,7 +1488,7 @@ class ConsistencyHead(nn.Module):
 
     def forward(self, f, t, s, s0, q):
         x = pair_features(f, t, s)
-        base = self.cosine_base(s0, q)
+        base = self.affine_base(s0, q)
         if self.branch is not None:
             base = (base + torch.sigmoid(self.branch(x)).squeeze(-1)) / 2
         if self.delta is None:
@@ -1528,11 +1533,12 @@ class CLIPScorer(nn.Module):
     """Compose CLIP's towers and the heads.
 
     towers: {"image", "text"}, frozen already; dim: D; preprocess: open_clip's preprocess config.
+    before: the towers before training, which only scoring has at hand (see load_scorer).
     """
 
     def __init__(self, clip, towers, dim, preprocess, args):
         super().__init__()
-        self.clip, self.towers = clip, towers
+        self.clip, self.towers, self.before = clip, towers, towers
         for name in ("mean", "std"):
             value = torch.tensor(preprocess[name], dtype=torch.float32).view(1, -1, 1, 1)
             self.register_buffer(f"pixel_{name}", value, persistent=False)
@@ -1560,7 +1566,7 @@ class CLIPScorer(nn.Module):
     def score(self, f, t, s0=None):
         """Run the heads in float32 on (B, D) unit-norm embeddings; returns a dict of (B,) tensors.
 
-        s0: (B,) cosines by the CLIP before training, None where it is this one.
+        s0: (B,) cosines of the original views by the CLIP before training, None: those of f, t.
         q, c: scores, not clamped; q_base, c_base: what the base says; q_delta, c_delta: in
         (-1, 1); c_coarse: c before refinement; explanation: (B, D), where asked for.
         """
@@ -1812,7 +1818,7 @@ def calibrate(scorer, floors, mos, train):
 
 def content_key(**content):
     """Return a hash of everything that cached content depends on."""
-    text = json.dumps({"version": FORMAT_VERSION, **content}, sort_keys=True, default=str)
+    text = json.dumps({"version": CACHE_VERSION, **content}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
@@ -2374,8 +2380,8 @@ STOP = Stop()
 class Run:
     """Everything that one training run needs; see set_up.
 
-    targets: {"q", "c"} of (N,) scaled MOS on the device; cosines: (N,) of the CLIP before training
-    (s0), there too; teacher: (U, D) text embeddings of the
+    targets: {"q", "c"} of (N,) scaled MOS on the device; cosines: (N,) of the original views by the
+    CLIP before training (s0), there too; teacher: (U, D) text embeddings of the
     explanations, or None; model: the scorer as it is trained, which is in torch's
     DistributedDataParallel where there are several processes; state: epoch, best epoch and
     score, epochs waited, log rows.
@@ -2556,6 +2562,7 @@ def apply_update(run, factor):
         run.optimizer.grad_scale = (norm / run.args.max_grad_norm).clamp(min=1)
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    vars(run.optimizer).pop("grad_scale", None)
     run.optimizer.zero_grad(set_to_none=True)
 
 
@@ -3664,8 +3671,8 @@ def side_prompt(path, base):
 def load_scorer(args):
     """Return (scorer, tokenizer, identity, saved arguments, label scales) of --checkpoint.
 
-    scorer.before: the towers before training, which the base's cosine needs; what is frozen is
-    shared with those after it.
+    scorer.before are the towers before training, which the base's cosine needs, with the frozen
+    parameters shared.
     """
     content = WORLD.from_main(load_checkpoint, args.checkpoint)
     saved = argparse.Namespace(**content["args"])
@@ -3676,14 +3683,14 @@ def load_scorer(args):
     towers = {"image": image_tower(clip), "text": text_tower(clip)}
     freeze_towers(clip, towers, saved)
     scorer = CLIPScorer(clip, towers, identity["embed_dim"], identity["preprocess"], saved)
-    before = towers
     if not saved.freeze_clip:
-        frozen = {id(p): p for p in clip.parameters() if not p.requires_grad}
-        clip = copy.deepcopy(clip, frozen)
-        before = {"image": image_tower(clip), "text": text_tower(clip)}
-        freeze_towers(clip, before, saved)
+        shared = {id(p): p for p in clip.parameters() if not p.requires_grad}
+        clip_before = copy.deepcopy(clip, shared)
+        scorer.before = {"image": image_tower(clip_before), "text": text_tower(clip_before)}
+        freeze_towers(clip_before, scorer.before, saved)
     load_trained_state(scorer, content["state"], args.checkpoint)
-    scorer.clip_before, scorer.before = clip, before
+    if not saved.freeze_clip:
+        scorer.clip_before = clip_before  # a module of it from now on, which to() and eval() reach
     return scorer.eval(), tokenizer, identity, saved, content["scales"]
 
 
@@ -3696,11 +3703,13 @@ def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
     unique, index = unique_texts(prompts)
     texts = TextInputs(scorer, tokenize(tokenizer, unique, "prompts"), identity,
                        argparse.Namespace(**{**vars(args), "cache": "off"}), device)
-    after_and_before = (scorer.towers, scorer.before)
+    states = [scorer.towers]
+    if scorer.before is not scorer.towers and any(prompt.strip() for prompt in prompts):
+        states.append(scorer.before)
     with autocast(args, device):
-        boundaries = [texts.boundary(rows) for rows in torch.arange(len(unique)).split(64)]
-        t, t0 = (torch.cat([towers["text"].suffix(*boundary) for boundary in boundaries])
-                 for towers in after_and_before)
+        boundaries = map(texts.boundary, torch.arange(len(unique)).split(64))
+        parts = [[towers["text"].suffix(*x) for towers in states] for x in boundaries]
+    t = [torch.cat(state) for state in zip(*parts)]
     live = LiveImages(ImageBatches(paths, identity["preprocess"]), args, device)
     batches = np.array_split(np.arange(len(paths)), -(-len(paths) // args.batch_size))
     batches = batches[WORLD.part(len(batches))]
@@ -3708,9 +3717,9 @@ def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
     for rows, (images, bad) in progress(zip(batches, live.stream(batches)), "score", len(batches)):
         with autocast(args, device):
             image = scorer.towers["image"].prefix(scorer.pixels(images.to(device)))
-            f, f0 = (towers["image"].suffix(image) for towers in after_and_before)
+            f = [towers["image"].suffix(image) for towers in states]
         own = torch.from_numpy(index[rows]).to(device)
-        scores = scorer.score(f, t[own], (f0 * t0[own]).sum(-1))
+        scores = scorer.score(f[0], t[0][own], (f[-1] * t[-1][own]).sum(-1))
         out.append(torch.stack([scores[key] for key in keys]).float().cpu())
         errors.update(bad)
     scores = dict(zip(keys, torch.cat(WORLD.gather(out), dim=1).numpy()))

@@ -12,13 +12,13 @@
     of width d (forward), over the best matrix-product rate measured here at that precision.
 
 Repetitions are interleaved and medians are printed, so that a busy machine slows all alike. Each
-case has a process of its own, so that its peak memory, that of (a)'s warm epoch, is its own.
+case has a process for the first run and one for the rest, so that the peak memory is that of (a) with
+a warm cache: of the process, set-up included, or of the GPU's tensors.
 """
 
 import argparse
 import contextlib
 import io
-import logging
 import multiprocessing
 import statistics
 import subprocess
@@ -110,7 +110,8 @@ class PlainLoop:
 
     def __init__(self, run, options):
         self.run, self.options, self.device = run, options, run.device
-        self.clip, _, preprocess = open_clip.create_model_and_transforms(options.clip_model)
+        with baseline.quiet_library():  # it says of every model that it is random
+            self.clip, _, preprocess = open_clip.create_model_and_transforms(options.clip_model)
         state = {name.removeprefix("clip."): value for name, value in
                  run.scorer.state_dict().items() if name.startswith("clip.")}
         self.clip.load_state_dict(state)
@@ -217,13 +218,13 @@ def trained_flops(run):
 def gemm_rate(precision, device, seconds=0.5):
     """Return the best measured operations per second of a matrix product at a precision."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    best = 0.0
+    best, count = 0.0, 50 if device.type == "cuda" else 1  # there a single one is too short to time
     for m, k, n in ((1600, 768, 3072), (1600, 3072, 768), (2048, 1024, 4096), (4096, 1024, 1024)):
         a, b = (torch.randn(shape, dtype=dtype, device=device) for shape in ((m, k), (k, n)))
-        a @ b
+        timed(lambda: a @ b)
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
-            best = max(best, 2 * m * k * n / timed(lambda: a @ b))
+            best = max(best, count * 2 * m * k * n / timed(lambda: [a @ b for _ in range(count)]))
     return best
 
 
@@ -248,15 +249,8 @@ def memory_mb():
     return tuple(int(lines[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile", "VmHWM"))
 
 
-def reset_peak():
-    """Let the peaks of memory be counted from now on."""
-    Path("/proc/self/clear_refs").write_text("5")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
 def peak_mb():
-    """Return the peak megabytes since reset_peak: of the GPU where there is one, else of RAM."""
+    """Return the peak megabytes so far: of the GPU where there is one, else of this process."""
     return (torch.cuda.max_memory_allocated() / 2 ** 20 if torch.cuda.is_available()
             else memory_mb()[2])
 
@@ -267,23 +261,25 @@ def in_process(function, *args):
         return pool.submit(function, *args).result()
 
 
-def compare(options, case, csv, folder, rate):
+def first_run(options, case, csv, folder):
+    """Return the seconds of set-up with an empty cache and one epoch."""
+    began = time.perf_counter()
+    baseline.train_one_epoch(set_up(options, case, csv, folder), 1)
+    wait()
+    return time.perf_counter() - began
+
+
+def compare(options, case, csv, folder, rate, first):
     """Time (a), (b), (c) of one case, interleaved, and print the row.
 
-    Returns the seconds of the plain loop's epoch and of its validation.
+    first: seconds of the first run. Returns those of the plain loop's epoch and its validation.
     """
-    logging.disable(logging.WARNING)  # open_clip says of every model that it is random
     epochs = iter(range(1, 10_000))
-    began = time.perf_counter()
     run = set_up(options, case, csv, folder)
 
     def ours():
         baseline.train_one_epoch(run, next(epochs))
 
-    ours()
-    wait()
-    first = time.perf_counter() - began
-    reset_peak()
     ours()
     peak = peak_mb()
     plain, limit = PlainLoop(run, options), Limit(run)
@@ -360,8 +356,10 @@ def main():
           "a : c | of the GEMM rate | peak MB |\n| " + " | ".join(["---"] * 11) + " |")
     with tempfile.TemporaryDirectory() as folder:
         csv = write_subset(options, options.images, folder)
-        plain = {case: in_process(compare, options, case, csv, folder, rate)
-                 for case in options.cases}
+        plain = {}
+        for case in options.cases:
+            first = in_process(first_run, options, case, csv, folder)
+            plain[case] = in_process(compare, options, case, csv, folder, rate, first)
         if options.whole:
             whole_commands(options, csv, folder, plain["freeze_clip"])
         if options.growth:

@@ -564,7 +564,7 @@ def test_quality_is_blind_to_the_prompt_and_consistency_is_not(more):
 
 @pytest.mark.parametrize("more", [[], ["--use_two_branch"]])
 def test_quality_moves_consistency_and_gets_no_gradient_from_it(more):
-    """The base leans on the quality score, which is trained by the human quality scores alone."""
+    """The base leans on the quality score, whose head learns from human quality scores alone."""
     made, (f, t) = scorer(*more), pairs()
     gradients = torch.autograd.grad(made.score(f, t)["c"].sum(), list(made.quality.parameters()),
                                     allow_unused=True)

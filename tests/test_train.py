@@ -142,13 +142,19 @@ def test_automatic_head_lr(flags, more, want):
 
 
 @pytest.mark.parametrize("limit, norm", [(0.5, 0.5), (1e9, 30.0), (0, 30.0)])
-def test_gradient_clipping(build, limit, norm):
-    """The whole gradient is scaled to max_grad_norm where it is longer; 0 leaves it alone."""
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_gradient_clipping(build, limit, norm, scale):
+    """The whole gradient is scaled to max_grad_norm where it is longer; 0 leaves it alone.
+
+    scale: what fp16's scaler has multiplied the gradient by, None: it is off.
+    """
     run = build("--freeze_clip", "--max_grad_norm", limit)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    run.scaler.scale(torch.ones(()))
     parameters = [p for p in run.scorer.parameters() if p.requires_grad]
     count = sum(p.numel() for p in parameters)
     for parameter in parameters:
-        parameter.grad = torch.full_like(parameter, 30 / count ** 0.5)
+        parameter.grad = torch.full_like(parameter, (scale or 1.0) * 30 / count ** 0.5)
     baseline.apply_update(run, 1.0)
     moments = [run.optimizer.state[p]["exp_avg"] for p in parameters]
     taken = sum((m ** 2).sum() for m in moments) ** 0.5 / (1 - run.optimizer.defaults["betas"][0])
