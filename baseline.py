@@ -1977,7 +1977,7 @@ def finish_cache(temporary, path):
 def prefetch(function, items, device, depth=2):
     """Yield function(item) in order, computed up to `depth` ahead in a thread beside a GPU.
 
-    Beside the arithmetic of a CPU such a thread costs more than it saves (20 to 40 % of an epoch).
+    Beside the arithmetic of a CPU such a thread costs more than it saves (10 to 40 % of an epoch).
     """
     if device.type == "cpu":
         yield from map(function, items)

@@ -12,8 +12,8 @@
     of width d (forward), over the best matrix-product rate measured here at that precision.
 
 Repetitions are interleaved and medians are printed, so that a busy machine slows all alike. Each
-case has a process for the first run and one for the rest, so that the peak memory is that of (a) with
-a warm cache: of the process, set-up included, or of the GPU's tensors.
+case has a process for the first run and one for the rest, so that the peak memory is that of (a)
+with a warm cache: of the process, set-up included, or of the GPU's tensors.
 """
 
 import argparse
@@ -106,7 +106,7 @@ class PlainImages(torch.utils.data.Dataset):
 
 
 class PlainLoop:
-    """The training loop that most scripts have (see b), with the same heads and the same freezing."""
+    """The training loop that most scripts have (see b), with the same heads and freezing."""
 
     def __init__(self, run, options):
         self.run, self.options, self.device = run, options, run.device
@@ -218,7 +218,7 @@ def trained_flops(run):
 def gemm_rate(precision, device, seconds=0.5):
     """Return the best measured operations per second of a matrix product at a precision."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    best, count = 0.0, 50 if device.type == "cuda" else 1  # there a single one is too short to time
+    best, count = 0.0, 50 if device.type == "cuda" else 1  # a single one is too short there
     for m, k, n in ((1600, 768, 3072), (1600, 3072, 768), (2048, 1024, 4096), (4096, 1024, 1024)):
         a, b = (torch.randn(shape, dtype=dtype, device=device) for shape in ((m, k), (k, n)))
         timed(lambda: a @ b)
