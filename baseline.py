@@ -1320,12 +1320,6 @@ class WholeTower(Tower):
     def prefix(self, x, end=None):
         return super().prefix(x) if self.frozen == "all" else x
 
-    def suffix(self, x, end=None):
-        if self.frozen == "all":
-            return x.float()
-        with attention(x.device):
-            return F.normalize(self.encode(x).float(), dim=-1)
-
     def embed(self, x):
         return x
 
@@ -1993,26 +1987,24 @@ def prefetch(function, items, device, depth=2):
 
 
 class CachedRows:
-    """Rows of a memory-mapped cache, or of a tensor that is resident on the device if small."""
+    """Rows of a memory-mapped cache, copied to a GPU if small; a CPU reads them where they lie.
+
+    array: (N, ..) as cached_array returns it.
+    """
 
     RESIDENT = 2 ** 28  # bytes: embeddings of 80,000 images with D 768 and fp32 stay resident
 
     def __init__(self, array, device):
-        self.array, self.resident = array, None
-        if array.nbytes <= self.RESIDENT:
-            self.resident = self.tensor(np.array(array)).to(device)
-
-    def tensor(self, rows):
-        """Return a numpy array of cached rows as a tensor: int16 holds bfloat16's bits."""
-        tensor = torch.from_numpy(rows)
-        return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that a read-only array may be written to
+            rows = torch.from_numpy(array)
+        rows = rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows
+        self.rows = rows.to(device) if array.nbytes <= self.RESIDENT else rows
 
     def fetch(self, *index):
         """Return the rows at an index of numpy arrays, on the CPU or the device."""
-        if self.resident is None:
-            return self.tensor(self.array[index])
-        return self.resident[tuple(torch.from_numpy(np.asarray(i)).to(self.resident.device)
-                                   for i in index)]
+        return self.rows[tuple(torch.from_numpy(np.asarray(i)).to(self.rows.device)
+                               for i in index)]
 
 
 def leave_signals_to_main(_worker):
@@ -2199,7 +2191,7 @@ class ImageInputs:
         """Yield the tower's input for each View, on the device, at the freeze boundary."""
         if self.features is not None:
             fetch = lambda v: self.features.fetch(v.rows, v.flip.astype(np.int64))  # noqa: E731
-            fetched = (map(fetch, views) if self.features.resident is not None
+            fetched = (map(fetch, views) if self.features.rows.is_cuda
                        else prefetch(lambda v: self.pinned(fetch(v)), views, self.device))
             for x in fetched:
                 yield x.to(self.device, non_blocking=True)

@@ -9,7 +9,8 @@
     what is frozen, unfused AdamW.
 (c) the limit: forward and backward of only what trains, on tensors that are already resident.
 (d) the arithmetic of (a), from 24 N d^2 + 4 N^2 d floating-point operations per block of N tokens
-    of width d (forward), over the best matrix-product rate measured here at that precision.
+    of width d (forward), over the best matrix-product rate at that precision, measured in every
+    repetition beside the others.
 
 Repetitions are interleaved and medians are printed, so that a busy machine slows all alike. Each
 case has a process for the first run and one for the rest, so that the peak memory is that of (a)
@@ -215,7 +216,7 @@ def trained_flops(run):
     return total
 
 
-def gemm_rate(precision, device, seconds=0.5):
+def gemm_rate(precision, device, seconds=0.25):
     """Return the best measured operations per second of a matrix product at a precision."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     best, count = 0.0, 50 if device.type == "cuda" else 1  # a single one is too short there
@@ -287,7 +288,7 @@ def first_run(options, case, csv, folder):
     return time.perf_counter() - began
 
 
-def compare(options, case, csv, folder, rate, first):
+def compare(options, case, csv, folder, first):
     """Time (a), (b), (c) of one case, interleaved, and print the row.
 
     first: seconds of the first run. Returns those of the plain loop's epoch and its validation.
@@ -302,18 +303,20 @@ def compare(options, case, csv, folder, rate, first):
     peak = peak_mb()
     plain, limit = PlainLoop(run, options), Limit(run)
     limit.epoch()  # warm up: thread pools, allocators
-    seconds = {"a": [], "b": [], "c": []}
+    seconds, rates = {"a": [], "b": [], "c": []}, []
     quick = 5 if case == "freeze_clip" else 1  # millisecond epochs need more repetitions
     order = [("a", ours), ("c", limit.epoch)]
     for _ in range(options.rounds):
         seconds["b"].append(timed(plain.epoch))
+        limit.epoch()  # (b) leaves the memory in pieces; a run of (a) never finds it so
+        rates.append(gemm_rate(options.precision, run.device))
         for _ in range(quick):
             for name, function in order:
                 seconds[name].append(timed(function))
-        order.reverse()  # what comes after (b) finds the memory as (b) left it
+        order.reverse()
     a, b, c = (statistics.median(seconds[name]) for name in "abc")
     images = len(run.parts["train"])
-    used = trained_flops(run) / rate / a
+    used = trained_flops(run) / statistics.median(rates) / a
     print(f"| {case} | {images} | {b:.2f} | {first:.2f} | {a:.3f} | {c:.3f} | {images / a:.0f} | "
           f"{b / a:.1f} | {a / c:.2f} | {used:.2f} | {peak:.0f} |", flush=True)
     return b, timed(plain.validate)
@@ -359,7 +362,7 @@ def measure_growth(options, csv, folder):
     baseline.train_one_epoch(run, 1)
     seconds = timed(lambda: baseline.train_one_epoch(run, 2))
     anonymous, mapped, peak = memory_mb()
-    size = run.images.features.array.nbytes / 1e6
+    size = run.images.features.rows.nbytes / 1e6
     print(f"| {len(run.table.paths)} | {seconds:.2f} | {size:.0f} | {anonymous:.0f} | "
           f"{mapped:.0f} | {peak:.0f} |", flush=True)
 
@@ -381,7 +384,7 @@ def main():
         plain = {}
         for case in options.cases:
             first = in_process(first_run, options, case, csv, folder)
-            plain[case] = in_process(compare, options, case, csv, folder, rate, first)
+            plain[case] = in_process(compare, options, case, csv, folder, first)
         if options.whole:
             whole_commands(options, csv, folder, plain["freeze_clip"])
         if options.growth:

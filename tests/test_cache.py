@@ -96,13 +96,16 @@ def test_the_outermost_boundaries_equal_too(numbers, frozen):
     assert_equal(numbers(*flags, out="on"), off)
 
 
-@modes
-def test_a_cache_that_is_not_resident_gives_the_same_bits(numbers, monkeypatch, mode):
-    """Rows read from disk as they are needed equal those that are kept in memory."""
-    resident = numbers(*mode, "--epochs", 1, out="resident")
-    monkeypatch.setattr(baseline.CachedRows, "RESIDENT", 0)
-    mapped = numbers(*mode, "--epochs", 1, out="mapped")
-    assert same_tensors(load(resident.folder)["state"], load(mapped.folder)["state"])
+def test_a_cpu_reads_the_cache_where_it_lies(tmp_path):
+    """Rows are neither copied to the memory of the process nor changed, half precision included."""
+    path, content = tmp_path / "x.npy", torch.randn(6, 2, 5).bfloat16()
+    np.save(path, content.view(torch.int16).numpy())
+    array = np.load(path, mmap_mode="r")
+    cached = baseline.CachedRows(array, torch.device("cpu"))
+    assert cached.rows.data_ptr() == array.ctypes.data
+    rows, views = np.array([4, 0, 5]), np.array([1, 0, 1])
+    assert torch.equal(cached.fetch(rows, views), content[rows, views])
+    assert torch.equal(cached.fetch(rows), content[rows])
 
 
 # --- what is read and what is computed again ------------------------------------------------
