@@ -1099,7 +1099,6 @@ class Tower:
     def __init__(self, module, blocks, embeddings):
         self.module, self.blocks, self.embeddings = module, blocks, embeddings
         self.frozen, self.checkpointing = None, False
-        self.finish = self._finish
 
     @property
     def depth(self):
@@ -1123,6 +1122,12 @@ class Tower:
         if self.frozen == "all":
             return [self.module]
         return [*self.embeddings, *self.blocks[:self.frozen]]
+
+    def compile(self):
+        """Compile what trains, block by block: blocks of one shape share what is compiled."""
+        if self.frozen != "all":
+            for part in [self.module] if self.blocks is None else self.blocks[self.frozen or 0:]:
+                part.compile()
 
     def run(self, x, start, stop, end):
         """Run blocks start..stop over x; end: (B,) position of a text's end token."""
@@ -1152,7 +1157,7 @@ class Tower:
             x = self.embed(x) if self.frozen is None else x
             return F.normalize(self.finish(x, self.frozen or 0, end).float(), dim=-1)
 
-    def _finish(self, x, start, end):
+    def finish(self, x, start, end):
         return self.pool(self.run(x, start, self.depth, end), end)
 
 
@@ -1323,7 +1328,7 @@ class WholeTower(Tower):
     def embed(self, x):
         return x
 
-    def _finish(self, x, start, end):
+    def finish(self, x, start, end):
         return self.encode(x)
 
 
@@ -2609,7 +2614,10 @@ def evaluate(run, rows):
     run.scorer.eval()
     views = plain_views(rows[WORLD.part(len(rows))], run.args.batch_size)
     outputs = [torch.zeros(len(PREDICTIONS), 0, device=run.device)]
-    with torch.inference_mode():
+    # Training steps are compiled; evaluation has shapes of its own, and scores as --predict does.
+    plain = (torch.compiler.set_stance("force_eager") if run.args.compile
+             else contextlib.nullcontext())
+    with torch.inference_mode(), plain:
         for view, x in progress(zip(views, run.images.stream(views)), "evaluate", len(views)):
             out = forward(run, view, x)
             outputs.append(torch.stack([out[k] for k in PREDICTIONS]).float())
@@ -3850,7 +3858,8 @@ def set_up(args, table, seed):
     model = distributed(scorer, table, images, texts, args)
     for tower in towers.values():
         tower.checkpointing = args.grad_checkpointing
-        tower.finish = torch.compile(tower.finish) if args.compile else tower.finish
+        if args.compile:
+            tower.compile()
     targets = {target: torch.from_numpy(mos).to(device)
                for target, mos in human(table, np.arange(len(table.paths))).items()}
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")

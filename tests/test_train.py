@@ -670,6 +670,27 @@ def test_bf16_is_close_to_fp32(train, mode, cache):
     assert float(logs[0]) == pytest.approx(float(logs[1]), rel=0.05)
 
 
+@pytest.mark.parametrize("clip, mode", [("vit", MODES["partial"]), ("modified_resnet", [])])
+def test_compiled_training_equals_plain(train, monkeypatch, clip, mode):
+    """--compile changes the speed alone, and stays within the number of graphs torch allows."""
+    flags = [*mode, "--lr", 1e-3, "--dropout", 0, "--batch_size", 16, "--epochs", 1]
+    plain = train(*flags, out="plain", clip=clip)
+    compile_module, graphs = torch.nn.Module.compile, []
+
+    def trace(module):  # the graphs are found but not turned into C++, which takes a compiler
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph
+        compile_module(module, backend=backend)
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    torch.compiler.reset()
+    compiled = train(*flags, "--compile", out="compiled", clip=clip)
+    assert 2 <= len(graphs) <= 8
+    a, b = (read_csv(run.folder / "training_log.csv")[0] for run in (plain, compiled))
+    for name in ("train_loss", "val_loss"):
+        assert float(b[name]) == pytest.approx(float(a[name]), abs=1e-5)
+
+
 @modes
 def test_two_runs_with_one_seed_are_bit_identical(train, mode):
     """The same command twice gives the same bits; another seed gives others."""
