@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests hold on any machine: everything on the CPU
+os.environ["OMP_NUM_THREADS"] = "1"  # nothing here is large enough to share; `-n` uses the cores
 
 import numpy as np
 import open_clip
