@@ -3886,8 +3886,7 @@ def print_setup(args, table, parts, towers, device, scorer):
     if WORLD.size > 1:
         print(f"{WORLD.size} processes, {WORLD.size * args.batch_size} images per step")
     print_advice(args, settings_advice(args, len(parts["train"]), towers["image"].depth))
-    if args.use_refinement and not args.no_residual_learning or (
-            args.use_two_branch and not args.no_residual_learning):
+    if (args.use_two_branch or args.use_refinement) and not args.no_residual_learning:
         print("WARNING: --use_two_branch and --use_refinement together with residual learning are "
               "not recommended by the reference card; they work")
 
