@@ -1158,6 +1158,7 @@ class Tower:
             return F.normalize(self.finish(x, self.frozen or 0, end).float(), dim=-1)
 
     def finish(self, x, start, end):
+        """Run the blocks from `start` on, pool and project; returns (B, D)."""
         return self.pool(self.run(x, start, self.depth, end), end)
 
 
