@@ -108,6 +108,27 @@ def test_a_cpu_reads_the_cache_where_it_lies(tmp_path):
     assert torch.equal(cached.fetch(rows), content[rows])
 
 
+def test_reading_ahead_keeps_the_order_and_its_bound():
+    """What is read in a thread comes in order, at most `depth` ahead, its errors included."""
+    begun, read = [], baseline.prefetch(lambda i: begun.append(i) or 6 // i, [3, 2, 1, 0, 5], 2)
+    assert [next(read), next(read)] == [2, 3]
+    assert len(begun) <= 4 and next(read) == 6
+    with pytest.raises(ZeroDivisionError):
+        next(read)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_goes_to_a_gpu_is_read_as_for_a_cpu(device):
+    """Read ahead in a thread, for a GPU, or not: the rows are the same, in the same order."""
+    cached = baseline.CachedRows(np.arange(24.0).reshape(6, 2, 2), torch.device("cpu"))
+    inputs = SimpleNamespace(device=torch.device(device), args=SimpleNamespace(pin_memory=False))
+    batches = [(np.array(rows), np.array(views)) for rows, views in
+               (([5, 0], [1, 0]), ([3, 3], [0, 1]), ([2], [1]), ([1, 4], [0, 0]))]
+    got = list(baseline.ImageInputs.read(inputs, cached, batches))
+    assert len(got) == 4
+    assert all(torch.equal(x, cached.rows[rows, views]) for x, (rows, views) in zip(got, batches))
+
+
 # --- what is read and what is computed again ------------------------------------------------
 
 
