@@ -161,10 +161,10 @@ def flags(data, clips, tmp_path):
 
 @pytest.fixture
 def train(flags, tmp_path):
-    """Run the program in this process; returns its summary with `folder`, its output_dir."""
+    """Run the program in this process; returns its row of results and `folder`, its output_dir."""
     def run(*more, out="out", **options):
-        summary = baseline.main(flags(*more, out=out, **options))
-        return SimpleNamespace(folder=tmp_path / out, summary=summary)
+        row = baseline.main(flags(*more, out=out, **options))
+        return SimpleNamespace(folder=tmp_path / out, row=row)
     return run
 
 
@@ -191,9 +191,9 @@ def refused(flags, capsys):
     return run
 
 
-def decoded(run, indices):
+def decoded(run, rows):
     """Return the preprocessed (B, 3, H, W) uint8 pixels of some rows of a run."""
-    images, errors = run.images.live.loader.dataset[np.asarray(indices)]
+    images, errors = run.images.decode(np.asarray(rows))
     assert not errors
     return images
 
