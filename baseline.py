@@ -13,12 +13,10 @@ CLIP's own score is kept as the base, and a small bounded residual is learned on
     q = q_base + scale_q * tanh(delta_q)        q_base = sigmoid(w . f + b)
     c = c_base + scale_c * tanh(delta_c)        c_base = a * (s0 + 1) / 2 + b' + e * q
 
-s0 is cos(f, t) by the CLIP as it was before training.
-
-One image's way: CSV row -> Table -> part of the split -> view of an epoch -> decode ->
-Tower.prefix (frozen, cached) -> Tower.suffix (trains) -> heads -> losses -> update; in eval mode ->
-metrics -> row of results -> table, page, runs.csv. The rooms down to "what the towers read" are the
-whole idea; those behind it may be skipped.
+s0 is cos(f, t) by the CLIP as it was before training. One image's way: CSV row -> Table -> part of
+the split -> view of an epoch -> decode -> Tower.prefix (frozen, cached) -> Tower.suffix (trains) ->
+heads -> losses -> update; in eval mode -> metrics -> row of results -> table, page, runs.csv.
+The rooms down to "what the towers read" are the whole idea; those behind it may be skipped.
 
 Axis letters: B batch, N rows of the CSV, U unique texts, D embedding, T tokens, W tower width,
 V views, H x W pixels where it is plain.
@@ -43,6 +41,7 @@ RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (  # of torchrun; one process alone is no
 # --- command line ---------------------------------------------------------------------------
 # On the standard library alone, so that --help and a wrong flag answer at once.
 
+PRECISIONS = ("fp32", "bf16", "fp16")
 PRESETS = {
     "A": dict(freeze_clip=True, epochs=10, batch_size=64, lr=1e-3),
     "B": dict(partial_freeze=True, freeze_layers=18, residual_scale_q=0.2, residual_scale_c=0.2,
@@ -77,18 +76,6 @@ class UserError(Exception):
     """Tell the user the rule, the value that broke it and the remedy; exits with status 2."""
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default of every flag that has one, in a help of 96 columns."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=96)
-
-    def _get_help_string(self, action):
-        if action.default is None or isinstance(action.default, bool):
-            return action.help
-        return super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     """Suggest the nearest flag when one is unknown."""
 
@@ -104,7 +91,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def let_rank_0_speak():
-    """Let rank 0 say an error first, which it probably has as well: torchrun ends the others then."""
+    """Let rank 0 say an error first that it may have as well: torchrun then ends the others."""
     if RANK:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)
@@ -137,142 +124,116 @@ whole = number(0, kind=int)
 
 def build_parser():
     """Return the argparse parser, its groups in the reference card's order."""
-    parser = Parser(prog="baseline.py", usage="python baseline.py [flags]",
-                    formatter_class=HelpFormatter, allow_abbrev=False, add_help=False,
+    parser = Parser(prog="baseline.py", usage="python baseline.py [flags]", allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_help=False,
                     description=__doc__.split("\n\n")[0])
+    on = {"action": "store_true"}
+
     add = parser.add_argument_group("shortcuts").add_argument
     add("-h", "--help", action="help", help="show this help and exit")
-    add("--preset", choices=sorted(PRESETS),
-        help="a combination from the reference card; explicit flags win over it")
-    add("--demo", action="store_true",
-        help="use data/demo (synthetic images, tiny CLIP, its own epochs and lr)")
+    add("--preset", choices=sorted(PRESETS), help="of the reference card; other flags win over it")
+    add("--demo", **on, help="use data/demo: synthetic images, tiny CLIP, its own epochs and lr")
+
     add = parser.add_argument_group("data").add_argument
     add("--data_csv_path", default="data/data.csv", help="CSV with one image per row")
-    add("--image_base_dir", default="data/images",
-        help="folder that the names in the CSV are relative to")
+    add("--image_base_dir", default="data/images", help="folder of the names in the CSV")
     add("--name_column", default="name", help="CSV column: image file name")
     add("--prompt_column", default="prompt", help="CSV column: prompt")
     add("--quality_column", default="mos_quality", help="CSV column: quality MOS")
     add("--consistency_column", default="mos_align", help="CSV column: consistency MOS")
     add("--label_scale_q", type=label_scale, default="auto",
-        help="what the quality MOS is divided by; auto: smallest of 1, 5, 10, 100 not below the "
-             "maximum")
-    add("--label_scale_c", type=label_scale, default="auto",
-        help="the same for the consistency MOS")
+        help="divisor of the quality MOS; auto: least of 1, 5, 10, 100 not below its maximum")
+    add("--label_scale_c", type=label_scale, default="auto", help="the same for consistency")
     add("--split_by", choices=("prompt", "image"), default="prompt",
         help="prompt: no prompt on both sides; image: leaks prompts")
-    add("--val_ratio", type=number(0, 0.9, open_low=True), default=0.2,
-        help="share of images in the validation part")
+    add("--val_ratio", type=number(0, 0.9, open_low=True), default=0.2, help="share for validation")
     add("--test_ratio", type=number(0, 0.9), default=0.0,
         help="share of images in the test part, used once at the end; 0: none")
-    add("--skip_bad_images", action="store_true",
-        help="go on without images that are missing or unreadable (at most 5 %%) and list them "
-             "in skipped.csv; they are decoded once more, at the start")
+    add("--skip_bad_images", **on,
+        help="leave out missing and unreadable images (at most 5 %%, listed in skipped.csv)")
     add("--resize_mode", choices=("shortest", "squash", "longest"),
-        help="how an image reaches the square input: crop, squash or pad; not given: as the "
-             "model was trained")
+        help="crop, squash or pad images to a square; not given: as the model was trained")
     add("--augment", choices=("none", "flip", "crop"), default="flip",
         help="training views; crop: crops of 90-100 %% of the area, and flips")
+
     add = parser.add_argument_group("CLIP and freezing").add_argument
-    add("--clip_model", default="ViT-L-14",
-        help="open_clip name, local-dir:PATH or hf-hub:ORG/NAME")
+    add("--clip_model", default="ViT-L-14", help="open_clip name, local-dir:PATH, hf-hub:ORG/NAME")
     add("--pretrained", default="openai",
-        help="open_clip tag, a weights file, or none (random weights); local-dir: and hf-hub: "
-             "models bring their own")
-    add("--quick_gelu", action="store_true",
-        help="the weights file was trained with QuickGELU (every OpenAI release)")
-    add("--freeze_clip", action="store_true", help="train the heads only")
-    add("--partial_freeze", action="store_true",
-        help="freeze the embeddings and the first freeze_layers blocks of each tower")
-    add("--freeze_layers", type=positive_int, default=8,
-        help="blocks to freeze per tower with --partial_freeze")
+        help="open_clip tag, weights file, or none (random weights); local-dir: has its own")
+    add("--quick_gelu", **on, help="the weights file is of QuickGELU (every OpenAI release)")
+    add("--freeze_clip", **on, help="train the heads only")
+    add("--partial_freeze", **on, help="freeze embeddings and first blocks of each tower")
+    add("--freeze_layers", type=positive_int, default=8, help="blocks per tower, --partial_freeze")
+
     add = parser.add_argument_group("residual learning and heads").add_argument
-    add("--residual_scale_q", type=positive, default=0.2,
-        help="bound of the learned quality residual, on the [0, 1] scale")
-    add("--residual_scale_c", type=positive, default=0.2,
-        help="bound of the learned consistency residual, on the [0, 1] scale")
-    add("--no_residual_learning", action="store_true", help="predict both scores directly")
-    add("--no_base_calibration", action="store_true",
-        help="do not fit the base to the training part before the first step")
-    add("--use_two_branch", action="store_true",
-        help="consistency base: mean of a cosine and an MLP branch")
-    add("--use_refinement", action="store_true",
-        help="correct the consistency with a small transformer encoder")
+    add("--residual_scale_q", type=positive, default=0.2, help="bound of the residual on [0, 1]")
+    add("--residual_scale_c", type=positive, default=0.2, help="the same for consistency")
+    add("--no_residual_learning", **on, help="predict both scores directly")
+    add("--no_base_calibration", **on, help="do not fit the base to the training part at first")
+    add("--use_two_branch", **on, help="consistency base: mean of a cosine and an MLP branch")
+    add("--use_refinement", **on, help="correct the consistency with a small transformer encoder")
     add("--refinement_layers", type=positive_int, default=4, help="its layers")
     add("--refinement_heads", type=positive_int, default=8, help="its heads")
     add("--refinement_dim", type=positive_int, default=256, help="its width")
-    add("--use_explanations", action="store_true",
-        help="pull a linear head to the text embedding of each row's explanation")
+    add("--use_explanations", **on, help="pull a linear head to the text embedding of explanations")
     add("--explanation_column", default="explanation", help="CSV column: explanation")
+
     add = parser.add_argument_group("loss weights").add_argument
     add("--w_q", type=number(0), default=0.5, help="weight of the quality loss")
     add("--w_c", type=number(0), default=0.5, help="weight of the consistency loss")
     add("--w_exp", type=number(0), default=0.1, help="weight of the explanation loss")
+
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive_int, default=20, help="passes over the data")
     add("--batch_size", type=positive_int, default=32, help="images per step (of each process)")
     add("--grad_accum_steps", type=positive_int, default=1, help="steps per optimiser update")
-    add("--lr", type=positive, default=3e-5,
-        help="peak learning rate of CLIP (of the heads where CLIP is frozen)")
+    add("--lr", type=positive, default=3e-5, help="peak rate of CLIP, or of heads on a frozen one")
     add("--head_lr", type=positive,
-        help="peak learning rate of the heads; not given: lr where CLIP is frozen, otherwise lr "
-             "but at least 1e-3")
-    add("--weight_decay", type=number(0), default=1e-4,
-        help="AdamW's; never on norms, biases and scalars")
+        help="peak rate of the heads; not given: lr where CLIP is frozen, else at least 1e-3")
+    add("--weight_decay", type=number(0), default=1e-4, help="AdamW's; of matrices only")
     add("--warmup_ratio", type=fraction, default=0.05, help="share of all updates that warm up")
     add("--scheduler", choices=("cosine", "linear", "constant", "step"), default="cosine",
         help="learning rate after the warm-up")
-    add("--step_lr_step_size", type=positive_int, default=1,
-        help="epochs per decay of --scheduler step")
-    add("--step_lr_gamma", type=positive, default=0.1, help="factor per decay of --scheduler step")
+    add("--step_lr_step_size", type=positive_int, default=1, help="epochs per decay of step")
+    add("--step_lr_gamma", type=positive, default=0.1, help="factor per decay of step")
     add("--seed", type=whole, default=42, help="seed of split, heads and order")
-    add("--repeats", type=positive_int, default=1,
-        help="runs over as many splits (seeds seed, seed+1, ..)")
+    add("--repeats", type=positive_int, default=1, help="runs on splits seed, seed+1, ..")
+
     add = parser.add_argument_group("regularisation and selection").add_argument
     add("--max_grad_norm", type=number(0), default=1.0, help="gradient clipping norm; 0: off")
     add("--dropout", type=number(0, 0.99), default=0.1, help="in every head")
-    add("--early_stopping_patience", type=whole, default=0,
-        help="epochs without improvement before stopping; 0: off")
-    add("--early_stopping_min_delta", type=number(0), default=0.0005,
-        help="SROCC that counts as an improvement")
+    add("--early_stopping_patience", type=whole, default=0, help="epochs without gain; 0: off")
+    add("--early_stopping_min_delta", type=number(0), default=0.0005, help="SROCC of a gain")
     add("--select_by", choices=("mean", "quality", "consistency"), default="mean",
         help="validation SROCC that picks the best epoch")
+
     add = parser.add_argument_group("speed and memory").add_argument
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+    add("--precision", choices=("auto", *PRECISIONS), default="auto",
         help="of the towers; auto: bf16 or fp16 on CUDA, fp32 on CPU")
-    add("--no_amp", action="store_true", help="the same as --precision fp32")
-    add("--num_workers", type=whole, default=4,
-        help="threads that decode images, at most one per core")
-    add("--pin_memory", action="store_true", default=True,
-        help="page-locked batches for a CUDA device (on unless --no_pin_memory)")
+    add("--no_amp", **on, help="the same as --precision fp32")
+    add("--num_workers", type=whole, default=4, help="threads that decode, at most one per core")
+    add("--pin_memory", **on, default=True, help="page-locked batches for CUDA")
     add("--no_pin_memory", dest="pin_memory", action="store_false", help="turn --pin_memory off")
-    add("--cache", choices=("auto", "off"), default="auto",
-        help="keep what is frozen, or the decoded images, on disk")
+    add("--cache", choices=("auto", "off"), default="auto", help="features or pixels on disk")
     add("--cache_dir", help="where; not given: <output_dir>/cache")
     add("--cache_max_gb", type=positive, default=20.0, help="size limit of it in GB")
-    add("--grad_checkpointing", action="store_true",
-        help="recompute activations in the backward pass: less memory, more time")
-    add("--compile", action="store_true", help="torch.compile what trains")
+    add("--grad_checkpointing", **on, help="recompute activations: less memory, more time")
+    add("--compile", **on, help="torch.compile what trains")
+
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="outputs", help="where everything is written")
     add("--log_csv", default="training_log.csv", help="log, inside output_dir")
     add("--resume_from", help="baseline_last.pt or baseline_best.pt to go on from")
-    add("--no_plots", action="store_true", help="write no pictures and no report.html")
-    add("--tensorboard", action="store_true",
-        help="also write scalars and pictures for TensorBoard")
+    add("--no_plots", **on, help="write no pictures and no report.html")
+    add("--tensorboard", **on, help="also write scalars and pictures for TensorBoard")
+
     add = parser.add_argument_group("scoring").add_argument
-    add("--predict", metavar="TARGET",
-        help="score a CSV (name, prompt), a folder of images or one image, instead of training")
+    add("--predict", metavar="TARGET", help="score a CSV, a folder of images or one image")
     add("--checkpoint", default="outputs/baseline_best.pt", help="what --predict scores with")
-    add("--prompt",
-        help="the prompt of every image of --predict; a folder's images may have their own in a "
-             ".txt file of the same name")
-    add("--predictions_csv", default="predictions.csv",
-        help="where --predict writes; - for standard output")
-    add("--min_quality", type=number(0),
-        help="add a column `keep`: quality on the MOS scale at least this")
-    add("--min_consistency", type=number(0),
-        help="the same for consistency; with both, both must hold")
+    add("--prompt", help="of every image of --predict; a .txt file beside a folder's image wins")
+    add("--predictions_csv", default="predictions.csv", help="of --predict; - for standard output")
+    add("--min_quality", type=number(0), help="add a column `keep`: quality at least this MOS")
+    add("--min_consistency", type=number(0), help="the same for consistency; both must hold")
     return parser
 
 
@@ -333,7 +294,7 @@ import io
 import itertools
 import json
 import logging
-import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -355,6 +316,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip import transform as clip_transform
+from open_clip.utils import to_2tuple
 from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -369,20 +331,19 @@ MOST_NARROW = 100  # longer side of an image divided by its shorter one
 
 @dataclass
 class Table:
-    """The checked CSV.
+    """The checked CSV; its columns are called as by default.
 
     frame: N rows sorted by name, so that nothing depends on the order of the CSV; its index is the
     row in the CSV (the header is row 1). name, prompt, mos_quality, mos_align: as they stand there;
-    path: of the image; prompt_id, explanation_id (-1: none): index into the unique texts; q, c:
-    float32 human MOS divided by the label scale.
-    prompts, explanations: unique texts; scales: {"q": .., "c": ..}; skipped: rows of skipped.csv.
+    path: of the image; stamp: its size and time; prompt_id, explanation_id (-1: none): index into
+    the unique texts; q, c: float32 human MOS divided by the label scale.
     """
 
     frame: pd.DataFrame
-    prompts: list
+    prompts: list  # U unique texts
     explanations: list
-    scales: dict
-    skipped: pd.DataFrame
+    scales: dict  # {"q": .., "c": ..} label scales
+    skipped: pd.DataFrame  # rows of skipped.csv
 
 
 def read_csv(path):
@@ -397,7 +358,7 @@ def read_csv(path):
             raise ValueError("its rows have more cells than its first line has columns")
     except OSError as error:
         raise UserError(f"The CSV must be a file that can be read, but {path} is not ({error}): "
-                        f"give its place with --data_csv_path, or see it work with --demo.") from error
+                        f"give its place with --data_csv_path, or try --demo.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} must be UTF-8, but byte {error.start} is not: save it as "
                         f"'CSV UTF-8'.") from error
@@ -410,28 +371,29 @@ def read_csv(path):
 
 def load_table(args):
     """Read and check the whole CSV; raise one UserError that lists all that is wrong with it."""
-    frame = read_csv(args.data_csv_path)
+    frame, path = read_csv(args.data_csv_path), args.data_csv_path
     columns = {"name": args.name_column, "prompt": args.prompt_column,
                "mos_quality": args.quality_column, "mos_align": args.consistency_column}
     columns |= {"explanation": args.explanation_column} if args.use_explanations else {}
     if absent := [column for column in columns.values() if column not in frame]:
-        raise UserError(f"{args.data_csv_path} needs the columns {', '.join(columns.values())}, "
-                        f"but {', '.join(absent)} is missing (it has {', '.join(frame.columns)}): "
+        raise UserError(f"{path} needs the columns {', '.join(columns.values())}, but "
+                        f"{', '.join(absent)} is missing (it has {', '.join(frame.columns)}): "
                         f"rename it with --name_column, --prompt_column, --quality_column, "
                         f"--consistency_column or --explanation_column.")
     if frame.empty:
-        raise UserError(f"{args.data_csv_path} has a header but no rows: add one per image.")
+        raise UserError(f"{path} has a header but no rows: add one per image.")
     frame = pd.DataFrame({own: frame[column] for own, column in columns.items()})
     frame["path"] = [Path(args.image_base_dir, name) for name in frame["name"]]
+    frame["stamp"] = [f"{(stat := os.stat(path)).st_size}-{stat.st_mtime_ns}"
+                      if os.path.isfile(path) else "" for path in frame["path"]]
     blank = frame["name"].str.strip() == ""
-    missing = ~frame["path"].map(os.path.isfile) & (not args.skip_bad_images)  # there: unreadable
-    problems = [
+    problems = [  # what, bad rows, remedy
         ("empty image names", blank, "fill them in or remove the rows"),
         ("duplicate image names", frame["name"].duplicated(keep=False) & ~blank,
          "keep one row per image"),
         ("empty prompts", frame["prompt"].str.strip() == "", "fill them in or remove the rows"),
-        (f"image files missing in {args.image_base_dir}", missing & ~blank,
-         "check --image_base_dir and the names")]
+        (f"image files missing in {args.image_base_dir}", ~blank & (frame["stamp"] == "")
+         & (not args.skip_bad_images), "check --image_base_dir and the names")]
     scales = {}
     for target, own in (("q", "mos_quality"), ("c", "mos_align")):
         mos = pd.to_numeric(frame[own].str.strip(), errors="coerce").astype(float)
@@ -444,15 +406,18 @@ def load_table(args):
             (f"{columns[own]} below 0", finite & (mos < 0), "shift the scores to start at 0"),
             (f"{columns[own]} above the label scale {scales[target]:g}",
              finite & (mos > scales[target]), f"give the top of your scale with --{flag}")]
-    if lines := [f"  - {what}: {bad.sum()} row{'s' * (bad.sum() > 1)} "
-                 f"({', '.join(map(str, frame.index[bad][:5]))}{', ..' * (bad.sum() > 5)}); "
-                 f"{remedy}" for what, bad, remedy in problems if bad.any()]:
-        raise UserError("\n".join([f"{args.data_csv_path} cannot be used, the header being row 1:",
-                                   *lines]))
+    lines = [f"\n  - {what}: {bad.sum()} row{'s' * (bad.sum() > 1)} "
+             f"({', '.join(map(str, frame.index[bad][:5]))}{', ..' * (bad.sum() > 5)}); {remedy}"
+             for what, bad, remedy in problems if bad.any()]
+    if lines:
+        raise UserError(f"{path} cannot be used, the header being row 1:" + "".join(lines))
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
     frame["prompt_id"], prompts = pd.factorize(frame["prompt"], sort=True)
     texts = frame["explanation"].str.strip() if args.use_explanations else frame["name"].str[:0]
     frame["explanation_id"], explanations = pd.factorize(texts.where(texts != ""), sort=True)
+    if args.use_explanations and not len(explanations):
+        raise UserError(f"{path} has no text in its column {args.explanation_column}: fill it in, "
+                        f"or drop --use_explanations.")
     return Table(frame, list(prompts), list(explanations), scales, skipped)
 
 
@@ -511,51 +476,9 @@ def load_image(path):
         raise ImageError(str(error) or type(error).__name__) from error
 
 
-class Decoder:
-    """Decode and preprocess images with open_clip's own transform, up to uint8.
-
-    paths: N files; preprocess: open_clip's PreprocessCfg as a dict. A call with B row numbers
-    returns (B, 3, H, W) uint8, black where unreadable, and {row number: reason}.
-    """
-
-    def __init__(self, paths, preprocess):
-        transform = clip_transform.image_transform_v2(
-            clip_transform.PreprocessCfg(**preprocess), is_train=False)
-        self.transforms = transform.transforms[:-2]  # to tensor and normalisation come later
-        self.paths, self.size = list(paths), pair(preprocess["size"])
-
-    def __call__(self, rows):
-        images, errors = torch.zeros(len(rows), 3, *self.size, dtype=torch.uint8), {}
-        for place, row in enumerate(rows):
-            try:
-                image = load_image(self.paths[row])
-                for transform in self.transforms:
-                    image = transform(image)
-                images[place] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            except ValueError as error:  # ImageError, or a side of 0 pixels after resizing
-                errors[int(row)] = str(error)
-        return images, errors
-
-
-def pair(size):
-    """Return an image size as (height, width)."""
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def tokenize(tokenizer, texts, what):
-    """Return (U, T) token ids, and say once how many texts are longer than the text tower reads."""
-    context = tokenizer.context_length
-    ids = tokenizer(texts, context_length=8 * context)
-    padding = tokenizer([""], context_length=8 * context)[0, -1]
-    if longer := int((ids[:, context:] != padding).any(dim=1).sum()):
-        print(f"{longer} of {len(texts)} {what} are longer than {context} tokens: the text tower "
-              f"reads their beginning only")
-    return tokenizer(texts, context_length=context)
-
-
 # --- CLIP and its towers --------------------------------------------------------------------
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPENAI_NAME = re.compile(r"openai[^/]*$|(vit-[bl]-|rn50|rn101)[^/]*\.pt$", re.IGNORECASE)
 
 # Where open_clip's encoders and timm's trunks keep their blocks; the first that is there counts.
 BLOCKS = ("transformer.resblocks", "transformer.encoder.layer", "transformer.encoder.block",
@@ -566,57 +489,58 @@ BLOCKS = ("transformer.resblocks", "transformer.encoder.layer", "transformer.enc
 def load_clip(args, seed):
     """Build the CLIP with its weights; return (model in eval mode, tokenizer, identity).
 
-    identity: what features and checkpoints depend on: model, weights hash, quick_gelu, preprocess.
-    seed: of the random weights of --pretrained none. QuickGELU is what the tag was trained with
-    (open_clip itself only warns), what --quick_gelu says, or what the model's own config says.
+    identity: what features and checkpoints depend on: model, hash of its weights, quick_gelu,
+    preprocess. seed: of the random weights of --pretrained none. QuickGELU is what the tag was
+    trained with (open_clip itself only warns), what --quick_gelu or the model's own config says.
     """
-    config, weights, tag = in_turn(lambda: find_weights(args))  # one process downloads
-    quick_gelu = bool(args.quick_gelu or tag.get("quick_gelu") or config.get("quick_gelu"))
-    if weights is None:
-        print(f"WARNING: {args.clip_model} starts from RANDOM weights (--pretrained none)")
-    elif weights == args.pretrained and not quick_gelu and looks_like_openai(weights):
-        print(f"WARNING: {weights} is named like an OpenAI release, which needs QuickGELU: add "
-              f"--quick_gelu unless you know better")
-    vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
-    # Attention as plain matrix products stays fast where it is frozen; state-dict keys are the same.
-    if "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int):
-        vision.setdefault("block_type", "custom")
-    if not text.get("hf_model_name"):
-        text.setdefault("block_type", "custom")
-    preprocess = {key: tag[key] for key in ("mean", "std", "interpolation", "resize_mode")
-                  if tag.get(key)}
-    preprocess |= {"resize_mode": args.resize_mode} if args.resize_mode else {}
+    name, pretrained, from_file = args.clip_model, args.pretrained, os.path.isfile(args.pretrained)
+    by_name, options, tags = from_file or pretrained == "none", {}, []
+    if by_name and pretrained == "none":
+        print(f"WARNING: {name} starts from RANDOM weights (--pretrained none)")
     torch.manual_seed(seed)
-    logging.disable(logging.WARNING)  # open_clip's own lines and warnings: ours say what matters
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with quiet_library():
+            if not by_name and not name.startswith("local-dir:"):
+                skip_unreachable_hub()
+            config = open_clip.get_model_config(name)
+            if config is None:
+                near = difflib.get_close_matches(name, open_clip.list_models(), 3)
+                raise ValueError(f"no such model; near names: {', '.join(near) or 'none'}")
+            tags = open_clip.list_pretrained_tags_by_model(name)
+            quick_gelu = bool(args.quick_gelu or config.get("quick_gelu") or (
+                open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu"))
+            # Attention as plain matrix products stays fast where it is frozen; the keys stay, too.
+            if "timm_model_name" not in config["vision_cfg"] and isinstance(
+                    config["vision_cfg"].get("layers", 12), int):
+                options["vision_cfg"] = {"block_type": "custom"} | config["vision_cfg"]
+            if not config["text_cfg"].get("hf_model_name"):
+                options["text_cfg"] = {"block_type": "custom"} | config["text_cfg"]
             model = open_clip.create_model(
-                args.clip_model, load_weights=False, force_custom_text=True,
-                force_quick_gelu=quick_gelu, pretrained_text=weights is None, vision_cfg=vision,
-                text_cfg=text, force_preprocess_cfg=preprocess)
-            tokenizer = open_clip.get_tokenizer(args.clip_model)
-            fingerprint = f"random-{seed}-{torch.__version__}"
-            if weights:
-                fingerprint = load_weights(model, weights)
-    finally:
-        logging.disable(logging.NOTSET)
+                name, None if by_name else pretrained, load_weights=not by_name,
+                require_pretrained=not by_name, pretrained_text=pretrained == "none",
+                force_custom_text=True, force_quick_gelu=quick_gelu, **options,
+                force_preprocess_cfg={"resize_mode": args.resize_mode} if args.resize_mode else {})
+            if from_file:
+                open_clip.load_checkpoint(model, pretrained)
+            tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip, hub, pickle, zip, safetensors: each in its own ways
+        raise UserError(
+            f"--clip_model {name} --pretrained {pretrained} cannot be loaded "
+            f"({str(error).strip().splitlines()[-1][:200]}). The model is a name that open_clip "
+            f"knows, or local-dir:PATH with open_clip_config.json and weights; --pretrained is "
+            f"none, a file of its state dict (and --quick_gelu for an OpenAI release), or a tag "
+            f"({', '.join(tags) or 'it has none'}), which is downloaded once; or try "
+            f"--demo.") from error
+    if from_file and not quick_gelu and OPENAI_NAME.search(pretrained):
+        print(f"WARNING: {pretrained} is named like an OpenAI release, which needs QuickGELU: add "
+              f"--quick_gelu unless you know better")
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode() + value.reshape(-1).view(torch.uint8).numpy().data)
     return model.eval(), tokenizer, {
-        "model": args.clip_model, "pretrained": args.pretrained, "weights": fingerprint,
+        "model": name, "pretrained": pretrained, "weights": digest.hexdigest(),
         "quick_gelu": quick_gelu, "embed_dim": config["embed_dim"],
         "preprocess": model.visual.preprocess_cfg}
-
-
-def load_weights(model, path):
-    """Load a weights file, tensors only, into an open_clip model; returns its SHA-256 in hex."""
-    try:
-        open_clip.load_checkpoint(model, path)
-    except Exception as error:  # a damaged file fails in pickle, zip, safetensors or by its keys
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"{path} does not hold the weights of this model ({reason}): give the "
-                        f"open_clip state dict of --clip_model, as safetensors or a torch file "
-                        f"that loads with weights_only=True.") from error
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def find_blocks(encoder):
@@ -650,16 +574,20 @@ class Tower:
         self.encoder, self.example, self.blocks = encoder, example, find_blocks(encoder)
         self.frozen = min(frozen, len(self.blocks)) if isinstance(frozen, int) else frozen
         self.boundary = self.pooled_at = None
-        self.trims = reads_up_to_its_end(encoder)
-        if self.trims:  # open_clip does not cut the mask to the texts
+        last = self.blocks[-1] if self.blocks else encoder
+        # A causal text tower that pools at the end token reads nothing behind it.
+        self.trims = (getattr(encoder, "attn_mask", None) is not None and encoder.cls_emb is None
+                      and not encoder.use_pad_mask and encoder.pool_type in ("argmax", "eos"))
+        if self.trims:
             encoder.transformer.register_forward_pre_hook(cut_mask, with_kwargs=True)
-        self.pools_early = bool(self.blocks) and can_pool_early(encoder, self.blocks[-1])
+        first = (getattr(encoder, "pool_type", "") == "tok"
+                 and getattr(encoder, "attn_pool", None) is None)
+        self.pools_early = (self.trims or first) and can_pool_early(last)
         if self.pools_early:
-            self.blocks[-1].forward = self.pooled_forward(self.blocks[-1])
-        self.layout = torch.contiguous_format
-        if any(isinstance(m, nn.Conv2d) for block in self.blocks[-1:] for m in block.modules()):
-            self.layout = torch.channels_last  # convolutions are fast in it
-            encoder.to(memory_format=self.layout)
+            last.forward = self.pooled_forward(last)
+        convolves = any(isinstance(module, nn.Conv2d) for module in last.modules())
+        self.layout = torch.channels_last if convolves else torch.contiguous_format
+        encoder.to(memory_format=self.layout)
         self.freeze()
 
     def freeze(self):
@@ -691,14 +619,14 @@ class Tower:
         pooled = last and self.pools_early and self.frozen == len(self.blocks)
 
         def forward(x, *args, **kwargs):
-            if self.boundary is not None:
-                if pooled:
-                    return self.boundary.expand(-1, x.shape[1], -1)
-                return self.boundary if last else x
-            x = run(x, *args, **kwargs)
-            if last:
-                raise Reached(x[:, :1] if pooled else x)
-            return x
+            if self.boundary is None:
+                x = run(x, *args, **kwargs)
+                if last:
+                    raise Reached(x[:, :1] if pooled else x)
+                return x
+            if pooled:
+                return self.boundary.expand(-1, x.shape[1], -1)
+            return self.boundary if last else x
         return forward
 
     def encode(self, x):
@@ -717,7 +645,7 @@ class Tower:
             return reached.args[0]
 
     def suffix(self, boundary, ids=None):
-        """Run what trains; returns (B, D) unit-norm embeddings. ids: (B, T) of its texts, if any."""
+        """Run what trains; returns (B, D) unit-norm embeddings. ids: (B, T) of a text tower."""
         if self.frozen == "all":
             return boundary.float()
         boundary = boundary.contiguous(memory_format=self.layout)
@@ -733,9 +661,8 @@ class Tower:
         """Return (U,) the last place of each text that the tower reads; ids: (U, T)."""
         if not self.trims:
             return torch.full((len(ids),), ids.shape[1] - 1)
-        if self.encoder.pool_type == "eos":
-            return (ids == self.encoder.eos_id).int().argmax(dim=-1)
-        return ids.argmax(dim=-1)
+        eos = self.encoder.pool_type == "eos"
+        return ((ids == self.encoder.eos_id).int() if eos else ids).argmax(dim=-1)
 
     def pooled_forward(self, block):
         """Return the forward of a last block that computes only the token that is pooled.
@@ -783,27 +710,20 @@ class Tower:
 
 def depends_on(y, parameters):
     """Return the set of parameters that y depends on."""
-    grads = (torch.autograd.grad(y.sum(), parameters, allow_unused=True) if y.requires_grad
-             else [None] * len(parameters))
+    if not y.requires_grad:
+        return set()
+    grads = torch.autograd.grad(y.sum(), parameters, allow_unused=True)
     return {p for p, grad in zip(parameters, grads) if grad is not None}
 
 
-def reads_up_to_its_end(encoder):
-    """Return whether an encoder is a causal text tower that pools at the end token."""
-    return (getattr(encoder, "attn_mask", None) is not None and encoder.cls_emb is None
-            and not encoder.use_pad_mask and encoder.pool_type in ("argmax", "eos"))
-
-
-def can_pool_early(encoder, block):
-    """Return whether an encoder pools one token of its last block, which can compute it alone."""
-    first_token = (getattr(encoder, "pool_type", "") == "tok" and encoder.attn_pool is None)
-    return ((first_token or reads_up_to_its_end(encoder))
-            and isinstance(block, open_clip.transformer.CustomResidualAttentionBlock)
+def can_pool_early(block):
+    """Return whether Tower.pooled_forward computes what a block does."""
+    return (isinstance(block, open_clip.transformer.CustomResidualAttentionBlock)
             and block.attn.logit_scale is None and block.attn.head_scale is None)
 
 
 def cut_mask(_, args, kwargs):
-    """Cut the mask of a text transformer to the length of its texts."""
+    """Cut the mask of a text transformer to the length of its texts, which open_clip does not."""
     length = args[0].shape[1]
     return args, {**kwargs, "attn_mask": kwargs["attn_mask"][:length, :length]}
 
@@ -832,14 +752,14 @@ def recomputed(block):
 def make_towers(clip, tokenizer, args):
     """Return {"image", "text"}: the Towers of a CLIP in eval mode, frozen as the flags say."""
     frozen = "all" if args.freeze_clip else args.freeze_layers if args.partial_freeze else None
-    towers, pixels = {}, torch.zeros(1, 3, *pair(clip.visual.image_size))
+    towers, pixels = {}, torch.zeros(1, 3, *to_2tuple(clip.visual.image_size))
     for name, encoder, example in (("image", clip.visual, pixels),
                                    ("text", clip.text, tokenizer(["a"]))):
         depth = len(find_blocks(encoder))
         if args.partial_freeze and not depth:
-            raise UserError(f"--partial_freeze needs a tower whose blocks are known, but the "
-                            f"{name} tower of {args.clip_model} ({type(encoder).__name__}) is not "
-                            f"one: use --freeze_clip, or no freezing.")
+            raise UserError(f"--partial_freeze needs to know a tower's blocks, but not those of "
+                            f"the {name} tower of {args.clip_model} ({type(encoder).__name__}): "
+                            f"use --freeze_clip, or no freezing.")
         if args.partial_freeze and name == "image" and frozen > depth:
             raise UserError(f"--freeze_layers must be at most {depth}, the depth of the image "
                             f"tower of {args.clip_model}, but is {frozen}: try "
@@ -897,11 +817,10 @@ class QualityHead(nn.Module):
 class ConsistencyHead(nn.Module):
     """Predict consistency from both embeddings; its base is CLIP's own cosine, and the quality.
 
-    base: a * (s0 + 1) / 2 + b' + e * q, or with two branches the mean of
-    sigmoid(a * s0 + b' + e * q) and an MLP branch. People call a broken picture inconsistent, too,
-    hence q; e starts at 0 unless the base is calibrated. score: base + scale *
-    tanh(MLP([f, t, s])), or without residual learning sigmoid(MLP([f, t, s])), or the two-branch
-    base.
+    base: a * (s0 + 1) / 2 + b' + e * q, or with two branches the mean of sigmoid(a * s0 + b' +
+    e * q) and an MLP branch. People call a broken picture inconsistent, too, hence q; e starts at 0
+    unless the base is calibrated. score: base + scale * tanh(MLP([f, t, s])), or without residual
+    learning sigmoid(MLP([f, t, s])), or the two-branch base.
     f, t: (B, D) unit-norm; s, s0: (B,) their cosine, now and before training; q: (B,) detached
     quality scores. Returns (score, base, delta) as QualityHead.
     """
@@ -1084,47 +1003,34 @@ def selection_score(values, select_by):
 
 @dataclass
 class Run:
-    """Everything that one training run needs; see set_up.
-
-    parts: {"train", "val", "test"} of row numbers; mos: {"q", "c"} of (N,) scaled human MOS on the
-    device; s0: (N,) cosines by the CLIP before training; teacher: (E, D) embeddings of the
-    explanations, or None; floors: {name: {"q", "c"} of (N,) predictions}; model: the scorer as it is
-    trained, in DistributedDataParallel where there are several processes; progress: what a
-    checkpoint holds of it: epoch, best_epoch, best_score, epochs waited, log rows.
-    """
+    """Everything that one training run needs; see set_up."""
 
     args: argparse.Namespace
     seed: int
     device: torch.device
     table: Table
-    parts: dict
-    identity: dict
+    parts: dict  # {"train", "val", "test"} of row numbers
+    identity: dict  # of the CLIP, see load_clip
     scorer: CLIPScorer
-    model: nn.Module
+    model: nn.Module  # the scorer, in DistributedDataParallel where there are several processes
     images: "ImageInputs"
     texts: "TextInputs"
-    mos: dict
-    s0: torch.Tensor
-    teacher: torch.Tensor | None
-    floors: dict
+    mos: dict  # {"q", "c"} of (N,) scaled human MOS on the device
+    s0: torch.Tensor  # (N,) cosines by the CLIP before training
+    teacher: torch.Tensor | None  # (E, D) embeddings of the explanations
+    floors: dict  # {name: {"q", "c"} of (N,) predictions}
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    progress: dict
+    progress: dict  # epoch, best_epoch, best_score, epochs waited, log rows: a checkpoint has them
 
 
 def head_lr(args):
-    """Return the heads' peak learning rate: --head_lr, or the documented automatic choice.
-
-    Next to a CLIP that trains, its own rate would leave the heads where they began.
-    """
+    """Return the heads' peak learning rate; that of a CLIP would leave them where they began."""
     return args.head_lr or (args.lr if args.freeze_clip else max(args.lr, 1e-3))
 
 
 def make_optimizer(scorer, args):
-    """Return AdamW over four groups: CLIP and heads, each with and without weight decay.
-
-    Norms, biases and scalars (at most one axis) are not decayed.
-    """
+    """Return AdamW over CLIP and heads, which have rates of their own; only matrices decay."""
     groups = {}
     for name, parameter in scorer.named_parameters():
         if parameter.requires_grad:
@@ -1187,10 +1093,7 @@ def loss_weights(run, views):
 
 
 def train_one_epoch(run, epoch):
-    """Train for one epoch; returns its mean losses and running metrics (see epoch_summary).
-
-    Of several processes each runs its share of every batch.
-    """
+    """Train for one epoch; returns its mean losses and running metrics (see epoch_summary)."""
     args, accumulate = run.args, run.args.grad_accum_steps
     views = plan_views(run.parts["train"], args, run.seed, epoch)
     weights, outputs = loss_weights(run, views), []
@@ -1200,9 +1103,8 @@ def train_one_epoch(run, epoch):
     run.optimizer.zero_grad(set_to_none=True)
     stream = zip(steps, run.images.stream([views[own] for own, _ in steps]))
     for i, ((own, kept), x) in enumerate(progress_bar(stream, f"epoch {epoch}", len(steps))):
-        # Dropout depends on seed, step and process alone: a resumed run draws the same.
         seed = ((run.seed * 100_003 + epoch) * 1_000_003 + i) + RANK * 2 ** 40
-        torch.manual_seed(seed % 2 ** 63)
+        torch.manual_seed(seed % 2 ** 63)  # of dropout: a resumed run draws the same
         last = (i + 1) % accumulate == 0 or i + 1 == len(steps)
         run.model.require_backward_grad_sync = last  # of DistributedDataParallel
         out = forward(run, run.model, views[own], x)
@@ -1234,8 +1136,8 @@ def epoch_summary(run, views, outputs, names):
     """Return {"loss", "loss_q", .., "srocc_q", ..} of an epoch's own outputs.
 
     outputs: (places in views, (2 + losses, n): q, c and the losses `names`) of all steps. Raises
-    UserError where a loss is not finite; fp16's scaler skips an update that overflows, so there only
-    an epoch that ends in such losses has failed.
+    UserError where a loss is not finite; fp16's scaler skips an update that overflows, so there
+    only an epoch that ends in such losses has failed.
     """
     args, frame = run.args, run.table.frame
     rows = views.row[np.concatenate([places for places, _ in outputs])]
@@ -1352,10 +1254,12 @@ def set_up(args, table, seed):
         calibrate(scorer, probe, s0, table.frame["c"].to_numpy(), parts["train"])
     for tower in towers.values():
         tower.tune(args)
+    model = scorer if WORLD == 1 else nn.parallel.DistributedDataParallel(
+        scorer, broadcast_buffers=False, find_unused_parameters=args.no_residual_learning)
     mos = {target: torch.tensor(table.frame[target].to_numpy(), device=device)
            for target in TARGETS}
-    return Run(args, seed, device, table, parts, identity, scorer, distributed(scorer, args), images,
-               texts, mos, s0.to(device), teacher, floors, make_optimizer(scorer, args),
+    return Run(args, seed, device, table, parts, identity, scorer, model, images, texts, mos,
+               s0.to(device), teacher, floors, make_optimizer(scorer, args),
                torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
                {"epoch": 0, "waited": 0, "log": []})
 
@@ -1393,7 +1297,6 @@ def train(args):
         return train_repeats(args, table)
     if not content or Path(args.resume_from).parent.resolve() != Path(args.output_dir).resolve():
         archive_old_run(args)
-        bring_best_along(args)
     row = train_one_run(args, table, content["seed"] if content else args.seed, content)
     append_run(args, row)
     return row
@@ -1484,6 +1387,42 @@ def augmented(images, views):
     return torch.cat(out).clamp(0, 255)
 
 
+class Decoder:
+    """Decode and preprocess images with open_clip's own transform, up to uint8.
+
+    paths: N files; preprocess: open_clip's PreprocessCfg as a dict. A call with B row numbers
+    returns (B, 3, H, W) uint8, black where unreadable, and {row number: reason}.
+    """
+
+    def __init__(self, paths, preprocess):
+        transform = clip_transform.image_transform_v2(
+            clip_transform.PreprocessCfg(**preprocess), is_train=False)
+        self.steps = transform.transforms[:-2]  # to tensor and normalisation come later
+        self.paths, self.size = list(paths), to_2tuple(preprocess["size"])
+
+    def __call__(self, rows):
+        images, errors = torch.zeros(len(rows), 3, *self.size, dtype=torch.uint8), {}
+        for place, row in enumerate(rows):
+            try:
+                image = load_image(self.paths[row])
+                for step in self.steps:
+                    image = step(image)
+                images[place] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            except ValueError as error:  # ImageError, or a side of 0 pixels after resizing
+                errors[int(row)] = str(error)
+        return images, errors
+
+
+def tokenize(tokenizer, texts, what):
+    """Return (U, T) token ids, and say once how many texts are longer than the text tower reads."""
+    context = tokenizer.context_length
+    ids = tokenizer([*texts, ""], context_length=8 * context)  # the last one ends in padding
+    if longer := int((ids[:, context:] != ids[-1, -1]).any(dim=1).sum()):
+        print(f"{longer} of {len(texts)} {what} are longer than {context} tokens: the text tower "
+              f"reads their beginning only")
+    return tokenizer(texts, context_length=context)
+
+
 def ahead(function, items, threads):
     """Yield function(item) in order; threads work ahead, by one item more than there are of them.
 
@@ -1507,8 +1446,13 @@ def ahead(function, items, threads):
 
 def progress_bar(iterable, what, total):
     """Show a progress bar on a terminal, nothing elsewhere."""
-    return tqdm(iterable, desc=what, total=total, leave=False,
-                disable=RANK > 0 or not sys.stderr.isatty())
+    return tqdm(iterable, what, total, leave=False, disable=RANK > 0 or None)
+
+
+def autocast(args, device):
+    """Return the autocast context of --precision; heads and losses leave it."""
+    half = torch.float16 if args.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, half, args.precision != "fp32")
 
 
 def content_key(**content):
@@ -1533,33 +1477,31 @@ def cached(args, kind, key, batches, compute):
     """
     if args.cache == "off":
         return None
-    path, count = Path(args.cache_dir, f"{kind}-{content_key(**key)}.npy"), batches[-1][-1] + 1
+    path, count = Path(args.cache_dir, f"{kind}-{content_key(**key)}.npy"), int(batches[-1][-1]) + 1
     if all(gather(open_cached(path, count) is not None)):
         return open_cached(path, count)
     half = path.with_name(f".{path.name}.{gather(os.getpid())[RANK - LOCAL_RANK]}")
     own = batches[LOCAL_RANK::LOCAL_WORLD] or batches[:1]  # two may write the same
     parts, header = zip(own, map(as_numpy, compute(own))), io.BytesIO()
     try:
-        rows, values = next(parts)
-        np.lib.format.write_array_header_1_0(header, {
-            "descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False,
-            "shape": (int(count), *values.shape[1:])})
-        if LOCAL_RANK == 0 and make_room(path, kind, count * values[0].nbytes, args):
-            half.write_bytes(header.getvalue())
-        gather(None)
-        if not half.exists():
-            return None
-        with open(half, "r+b") as file:  # not by a memory map: a full disk would be a SIGBUS
-            for rows, values in itertools.chain([(rows, values)], parts):
-                file.seek(header.tell() + rows[0] * values[0].nbytes)
-                file.write(values)
-        gather(None)
-        if LOCAL_RANK == 0:
-            half.replace(path)
-        gather(None)
-    except OSError as error:
-        raise UserError(f"The cache must be writable, but {path.parent} is not ({error}): give "
-                        f"another --cache_dir, or --cache off.") from error
+        with must_write(path.parent, "another --cache_dir, or --cache off"):
+            rows, values = next(parts)
+            np.lib.format.write_array_header_1_0(header, {
+                "descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False,
+                "shape": (count, *values.shape[1:])})
+            if LOCAL_RANK == 0 and make_room(path, kind, count * values[0].nbytes, args):
+                half.write_bytes(header.getvalue())
+            gather(None)
+            if not half.exists():
+                return None
+            with open(half, "r+b") as file:  # not by a memory map: a full disk would be a SIGBUS
+                for rows, values in itertools.chain([(rows, values)], parts):
+                    file.seek(header.tell() + rows[0] * values[0].nbytes)
+                    file.write(values)
+            gather(None)
+            if LOCAL_RANK == 0:
+                half.replace(path)
+            gather(None)
     finally:
         with contextlib.suppress(OSError):
             half.unlink(missing_ok=True)
@@ -1577,30 +1519,24 @@ def open_cached(path, count):
 
 
 def make_room(path, kind, size, args):
-    """Delete the least recently used cache files until `size` bytes fit; return whether they do.
-
-    What killed runs left half-written goes first, an hour after its last byte.
-    """
+    """Delete the least recently used cache files until `size` bytes fit; return whether they do."""
     folder, limit = path.parent, args.cache_max_gb * 1e9
     folder.mkdir(parents=True, exist_ok=True)
-    for half in folder.glob(".*.npy.*"):
-        with contextlib.suppress(OSError):  # another run may have finished or deleted it
-            if time.time() - half.stat().st_mtime > 3600:
-                half.unlink()
-    files = sorted(folder.glob("*.npy"), key=lambda file: file.stat().st_mtime)
+    files = [*folder.glob("*.npy"), *folder.glob(".*.npy.*")]  # what killed runs left, too
+    files.sort(key=lambda file: file.stat().st_mtime)
     while files and size <= limit < size + sum(file.stat().st_size for file in files):
         print(f"cache: removed {files[0].name}, the least recently used: see --cache_max_gb")
         files.pop(0).unlink()
-    if size <= min(limit, shutil.disk_usage(folder).free):
-        return True
-    print(f"cache: going on without the {kind} cache, its {size / 1e9:.2f} GB exceed "
-          f"--cache_max_gb {args.cache_max_gb:g} or the free disk space")
-    return False
+    fits = size <= min(limit, shutil.disk_usage(folder).free)
+    if not fits:
+        print(f"cache: going on without the {kind} cache, its {size / 1e9:.2f} GB exceed "
+              f"--cache_max_gb {args.cache_max_gb:g} or the free disk space")
+    return fits
 
 
 def as_numpy(tensor):
     """Return a tensor as numpy, bfloat16 as int16; raise UserError where it is not finite."""
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if tensor.is_floating_point() and not tensor.isfinite().all():
         raise UserError(f"What is cached must be finite, but is not in {tensor.dtype}: use "
                         f"--precision bf16 or fp32, or other weights.")
     tensor = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
@@ -1617,11 +1553,10 @@ class Rows:
     def __init__(self, array, device, args):
         with warnings.catch_warnings(action="ignore"):  # a read-only array may not be written to
             rows = torch.from_numpy(array)
-        self.rows = rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows
-        self.device = device
+        rows, self.device = rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows, device
         if device.type == "cuda" and rows.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
-            self.rows = self.rows.to(device)
-        self.behind = self.rows.device.type != device.type
+            rows = rows.to(device)
+        self.rows, self.behind = rows, rows.device.type != device.type
         self.pin = self.behind and args.pin_memory
 
     def read(self, index):
@@ -1651,7 +1586,7 @@ class ImageInputs:
         self.decode = Decoder(table.frame["path"], key["preprocess"])
         self.features = self.pixels = None
         self.flips = (False, True)[:1 + (args.augment == "flip")]
-        self.key = {"identity": key, "files": self.file_stamps()}
+        self.key = {"identity": key, "files": table.frame[["path", "stamp"]].values.tolist()}
         batches = batches_of(len(self.csv_rows), 32)
         if self.tower.frozen is not None and args.augment != "crop":
             array = cached(args, "image", self.key | {
@@ -1663,28 +1598,13 @@ class ImageInputs:
                            lambda own: progress_bar(self.images(own), "decode", len(own)))
             self.pixels = None if array is None else Rows(array, device, args)
 
-    def file_stamps(self):
-        """Return [name, size, mtime] of each image: a changed one is never taken from the cache."""
-        stamps = []
-        for row, path in enumerate(self.decode.paths):
-            try:
-                stat = os.stat(path)
-            except OSError as error:
-                raise self.unreadable(row, error) from error
-            stamps.append([str(path), stat.st_size, stat.st_mtime_ns])
-        return stamps
-
-    def unreadable(self, row, reason):
-        """Return the UserError about an image that cannot be read."""
-        return UserError(f"Every image must be readable, but {self.decode.paths[row]} (CSV row "
-                         f"{self.csv_rows[row]}) is not ({reason}): replace the file, remove the "
-                         f"row, or give --skip_bad_images.")
-
     def images(self, batches):
         """Yield the decoded uint8 images of arrays of row numbers, on the CPU."""
         for images, errors in ahead(self.decode, batches, self.args.num_workers):
             for row, reason in errors.items():
-                raise self.unreadable(row, reason)
+                raise UserError(f"Every image must be readable, but {self.decode.paths[row]} (CSV "
+                                f"row {self.csv_rows[row]}) is not ({reason}): replace the file, "
+                                f"remove the row, or give --skip_bad_images.")
             yield images
 
     def boundaries(self, batches):
@@ -1712,16 +1632,9 @@ class ImageInputs:
             yield self.boundary(augmented(images.to(self.device, non_blocking=True), views))
 
     def embed(self):
-        """Return (N, D) embeddings of all original views by the tower before training, on the CPU."""
-        @torch.no_grad()
-        def compute(batches):
-            views = [plan_views(rows) for rows in batches]
-            for x in progress_bar(self.stream(views), "embeddings", len(views)):
-                with autocast(self.args, self.device):
-                    yield self.tower.suffix(x).float().cpu()
-
-        at_hand = self.features is not None and self.tower.frozen == "all"
-        return embeddings(self, "image-embedding", len(self.csv_rows), compute, at_hand)
+        """Return (N, D) embeddings of all original views by the CLIP before training."""
+        return embeddings(self, "image", len(self.csv_rows), lambda own: (
+            (x, None) for x in self.stream([plan_views(rows) for rows in own])))
 
 
 class TextInputs:
@@ -1759,56 +1672,46 @@ class TextInputs:
         return x, ids, torch.from_numpy(inverse).to(self.device)
 
     def embed(self):
-        """Return (U, D) embeddings of all texts by the tower before training, on the CPU."""
-        @torch.no_grad()
-        def compute(batches):
-            for rows in batches:
-                x, ids, _ = self.read(rows)
-                with autocast(self.args, self.device):
-                    yield self.tower.suffix(x, ids).float().cpu()
-
-        return embeddings(self, "text-embedding", len(self.ids), compute, self.features is not None)
+        """Return (U, D) embeddings of all texts by the CLIP before training."""
+        return embeddings(self, "text", len(self.ids), lambda own: (
+            self.read(rows)[:2] for rows in own))
 
 
-def embeddings(inputs, kind, count, compute, at_hand):
-    """Return what `compute` yields for all rows: kept on disk, unless it is (nearly) at hand.
+def embeddings(inputs, what, count, read):
+    """Return (count, D) embeddings by a tower as it is now, which is before training, on the CPU.
 
-    What is kept counts as that of the CLIP before training, so it is to be computed before.
+    inputs: ImageInputs or TextInputs; read: function that yields (boundary, ids or None) for each
+    of several arrays of row numbers. They are cached, unless the features are (nearly) the same.
     """
-    batches = batches_of(count, 64)
-    array = None if at_hand else cached(inputs.args, kind, inputs.key, batches, compute)
+    @torch.no_grad()
+    def compute(own):
+        for x, ids in progress_bar(read(own), f"{what} embeddings", len(own)):
+            with autocast(inputs.args, inputs.device):
+                yield inputs.tower.suffix(x, ids).float().cpu()
+
+    batches, array = batches_of(count, 64), None
+    if inputs.features is None or (inputs.tower.frozen != "all" and what == "image"):
+        array = cached(inputs.args, f"{what}-embedding", inputs.key, batches, compute)
     return torch.cat(list(compute(batches))) if array is None else torch.from_numpy(array.copy())
 
 
 def drop_bad_images(frame, args):
-    """Return (the rows that can be read, rows of skipped.csv), by --skip_bad_images.
-
-    Every image is decoded once; MOST_SKIPPED of them is left out at most.
-    """
-    bad = pd.DataFrame(columns=["name", "row", "reason"])
-    if not args.skip_bad_images:
-        return frame, bad
+    """Return (the rows that can be read, rows of skipped.csv): see --skip_bad_images."""
+    own = np.arange(len(frame))[RANK::WORLD] if args.skip_bad_images else ()
     decode = Decoder(frame["path"], vars(clip_transform.PreprocessCfg()))
-    own = batches_of(len(frame), 32)[RANK::WORLD]
-    found = progress_bar(ahead(decode, own, args.num_workers), "reading every image", len(own))
-    reasons = dict(itertools.chain(*gather([e for _, errors in found for e in errors.items()])))
-    for row, reason in sorted(reasons.items()):
-        bad.loc[row] = frame["name"].iloc[row], frame.index[row], reason
+    found = ahead(lambda row: decode([row])[1], own, args.num_workers)
+    errors = gather([*progress_bar(found, "reading every image", len(own))])
+    errors = sorted(error for each in itertools.chain(*errors) for error in each.items())
+    bad = pd.DataFrame([(frame["name"].iloc[row], frame.index[row], why) for row, why in errors],
+                       columns=["name", "row", "reason"])
     if len(bad) > MOST_SKIPPED * len(frame):
-        first = ", ".join(f"{name} (CSV row {row}: {why})"
-                          for name, row, why in bad.head(3).itertuples(index=False))
+        first = ", ".join(f"{name} (CSV row {row}: {why})" for name, row, why in bad.values[:3])
         raise UserError(f"--skip_bad_images leaves out {MOST_SKIPPED:.0%} of the images at most, "
                         f"but {len(bad)} of {len(frame)} cannot be read: {first}"
                         f"{', ..' * (len(bad) > 3)}; check --image_base_dir and the files.")
-    print(f"{len(bad)} of {len(frame)} images cannot be read and are left out"
-          + ": see skipped.csv" * bool(len(bad)))
+    if args.skip_bad_images:
+        print(f"{len(bad)} of {len(frame)} images cannot be read and are left out: skipped.csv")
     return frame.drop(index=bad["row"]), bad
-
-
-def autocast(args, device):
-    """Return the autocast context of --precision; heads and losses leave it."""
-    return torch.autocast(device.type, dtype=PRECISIONS[args.precision],
-                          enabled=args.precision != "fp32")
 
 
 # --- floors and calibration -----------------------------------------------------------------
@@ -1833,7 +1736,7 @@ def ridge(x, y, strengths):
 
 
 def fit_ridge(x, y, groups, folds=5):
-    """Fit a ridge whose strength is chosen by cross-validation over groups, (n,) int; see ridge.
+    """Fit a ridge whose strength is chosen by cross-validation over groups, (n,) int.
 
     Returns (weights, intercept, (n,) predictions of each row by a fit that did not see it).
     """
@@ -1854,15 +1757,12 @@ def logit(p):
 
 
 def fit_floors(f, t, antonyms, frame, train, args):
-    """Fit what is reached without training; returns (floors, probe).
+    """Fit what is reached without training; returns ({floor: {"q", "c"} of (N,)}, probe).
 
-    floors: {"zero_shot", "linear_probe"[, "prompt_mean"]} of {"q", "c"} (N,) predictions; probe:
-    quality's (weights (D,), intercept, (n,) predictions of rows that it did not see) on the logit,
-    which the base starts from (see calibrate).
+    probe: (weights (D,), intercept, (n,) predictions of rows that it did not see) of quality.
     f, t: (N, D) unit-norm embeddings of each row's image and prompt, by the pretrained towers;
-    antonyms: (2, D) text embeddings of "Good photo." and "Bad photo.", for the zero-shot quality
-    (CLIP-IQA, Wang et al., AAAI 2023). The linear probe is a ridge on f for quality, on
-    [f, t, f * t, s] for consistency.
+    antonyms: (2, D) of "Good photo." and "Bad photo.", for the zero-shot quality (CLIP-IQA, Wang et
+    al., AAAI 2023). The linear probe is a ridge on f for quality, [f, t, f * t, s] for consistency.
     """
     f, t, antonyms = f.double(), t.double(), antonyms.double()
     s, mos = (f * t).sum(-1), frame.iloc[train]
@@ -1917,6 +1817,7 @@ def processes():
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    torch._dynamo.config.optimize_ddp = False  # it cannot split recomputed blocks
     with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
         try:
             yield
@@ -1936,27 +1837,10 @@ def gather(thing):
     return things
 
 
-def in_turn(function):
-    """Return what a function returns; a machine's first process calls it before the others."""
-    if LOCAL_RANK == 0:
-        result = function()
-    gather(None)
-    return result if LOCAL_RANK == 0 else function()
-
-
 def everywhere(outputs):
     """Return the (rows, (M, n) values) of all processes' steps, as numpy."""
     own = [(rows, values.float().cpu().numpy()) for rows, values in outputs]
     return list(itertools.chain(*gather(own)))
-
-
-def distributed(scorer, args):
-    """Return the scorer, in DistributedDataParallel where there are several processes."""
-    if WORLD == 1:
-        return scorer
-    torch._dynamo.config.optimize_ddp = False  # it cannot split recomputed blocks
-    return nn.parallel.DistributedDataParallel(
-        scorer, broadcast_buffers=False, find_unused_parameters=args.no_residual_learning)
 
 
 def average_buffers(run):
@@ -2003,17 +1887,25 @@ FREE_FLAGS = {"output_dir", "log_csv", "resume_from", "num_workers", "pin_memory
 
 
 @contextlib.contextmanager
+def must_write(path, remedy="another --output_dir"):
+    """Turn a failure to write in the block into a UserError about path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} must be writable, but is not ({error}): free some space or give "
+                        f"{remedy}; what was there before is untouched.") from error
+
+
+@contextlib.contextmanager
 def writing(path):
     """Yield a temporary path that replaces `path` when the block ends well, and is gone if not."""
     path = Path(path)
     half = path.with_name(f".{path.name}.half")  # what a killed run left is written over
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield half
-        os.replace(half, path)
-    except OSError as error:
-        raise UserError(f"{path} must be writable, but is not ({error}): free some space or give "
-                        f"another --output_dir; what was there before is untouched.") from error
+        with must_write(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield half
+            os.replace(half, path)
     finally:
         with contextlib.suppress(OSError):
             half.unlink(missing_ok=True)
@@ -2029,8 +1921,7 @@ def save_checkpoint(run, best):
         return
     content = {"format": FORMAT, "version": FORMAT_VERSION, "seed": run.seed,
                "args": {k: v for k, v in vars(run.args).items() if k != "explicit"},
-               "identity": run.identity, "scales": run.table.scales,
-               "split": split_hash(run.table, run.parts),
+               "identity": run.identity, "scales": run.table.scales, "split": split_hash(run),
                "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
                "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
                "progress": run.progress, "processes": WORLD}
@@ -2044,70 +1935,73 @@ def save_checkpoint(run, best):
         os.fsync(file.fileno())
     if best:
         with writing(last) as half:
-            same_file(top, half)
+            half.unlink(missing_ok=True)
+            try:
+                os.link(top, half)
+            except OSError:  # a disk that knows no second names
+                shutil.copyfile(top, half)
 
 
-def same_file(source, target):
-    """Make target a second name of a file, or a copy where the disk has no such names."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def save_text(path, text):
+    """Write a text file, by rank 0 alone."""
+    if RANK == 0:
+        with writing(path) as half:
+            half.write_text(text, encoding="utf-8", newline="")
 
 
 def write_log(run):
     """Write the log: one row per epoch, the rows that the checkpoint also holds."""
-    if RANK == 0:
-        with writing(Path(run.args.output_dir, run.args.log_csv)) as half:
-            pd.DataFrame(run.progress["log"], columns=LOG_COLUMNS).to_csv(half, index=False)
+    log = pd.DataFrame(run.progress["log"], columns=LOG_COLUMNS)
+    save_text(Path(run.args.output_dir, run.args.log_csv), log.to_csv(index=False))
 
 
-def split_hash(table, parts):
+def split_hash(run):
     """Return a short hash of which image name is in which part."""
-    names = table.frame["name"].to_numpy()
-    return content_key(parts={part: names[rows].tolist() for part, rows in parts.items()})[:12]
+    names = run.table.frame["name"].to_numpy()
+    return content_key(parts={part: names[rows].tolist() for part, rows in run.parts.items()})[:12]
 
 
 def load_checkpoint(path):
-    """Return a checkpoint's content (tensors and plain values only); raise UserError if it is none.
-
-    Every process reads the file itself.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"A checkpoint must exist, but there is no file {path}: give the path of a "
-                        f"baseline_last.pt or baseline_best.pt.")
+    """Return a checkpoint's content, tensors and plain values; raise UserError if it is none."""
+    path = Path(path)
     try:
+        if not path.is_file():
+            raise ValueError("there is no file of that name")
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch itself does not look at the checksums
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} in it is wrong")
+            if damaged := archive.testzip():  # torch itself does not look at the checksums
+                raise ValueError(f"it is damaged: the checksum of {damaged} in it is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError("it is a file of another program")
+        if content["version"] != FORMAT_VERSION:
+            raise ValueError(f"it has version {content['version']}, this baseline.py reads "
+                             f"{FORMAT_VERSION}: use the one that wrote it, whose commit is in its "
+                             f"config.json, or train again")
+        return content
     except Exception as error:  # zip, pickle and tensor errors all mean the same to a user
-        reason = str(error).strip().splitlines()[0][:150] if str(error).strip() else repr(error)
-        beside = [str(other) for name in ("baseline_last.pt", "baseline_best.pt")
-                  if (other := Path(path).with_name(name)) != Path(path) and other.is_file()]
-        raise UserError(f"{path} is damaged or not a checkpoint of this program ({reason}): "
-                        + (f"use {beside[0]}." if beside else "train again.")) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} must be a checkpoint of baseline.py, but is another program's "
-                        f"file: give a baseline_last.pt or baseline_best.pt.")
-    if content.get("version") != FORMAT_VERSION:
-        raise UserError(f"{path} has checkpoint version {content.get('version')}, but this "
-                        f"baseline.py reads version {FORMAT_VERSION}: use the baseline.py that "
-                        f"wrote it (config.json beside it names the commit), or train again.")
-    return content
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        beside = [other for other in path.parent.glob("baseline_*.pt") if other != path]
+        raise UserError(f"{path} cannot be used as a checkpoint of baseline.py ({reason}): give a "
+                        f"baseline_last.pt or baseline_best.pt"
+                        + f", like {beside[0]}" * bool(beside)) from error
 
 
 def take_over_settings(args, content):
     """Take every flag that the command line does not name from the checkpoint.
 
-    A named flag that contradicts the checkpoint and would change the result is an error.
+    A named flag that contradicts it and would change the result is an error. With another number of
+    processes the images per update stay: other steps per update if that is enough, else batches.
     """
     saved, path = content["args"], args.resume_from
     pick_device(args)
-    if content["processes"] != WORLD:
-        share_window(args, content)
+    window = content["processes"] * saved["batch_size"] * saved["grad_accum_steps"]
+    if window % (saved["batch_size"] * WORLD) == 0:
+        saved["grad_accum_steps"] = window // (saved["batch_size"] * WORLD)
+    elif window % (saved["grad_accum_steps"] * WORLD) == 0:
+        saved["batch_size"] = window // (saved["grad_accum_steps"] * WORLD)
+    else:
+        raise UserError(f"A resumed run must keep the {window} images per update of {path}: use a "
+                        f"number of processes that divides them.")
     clash = [f"--{key} {getattr(args, key)} (checkpoint: {saved[key]})"
              for key in sorted(args.explicit - FREE_FLAGS)
              if key in saved and getattr(args, key) != saved[key]]
@@ -2121,27 +2015,6 @@ def take_over_settings(args, content):
         args.output_dir = str(Path(path).parent)
     if "cache_dir" not in args.explicit:
         args.cache_dir = str(Path(args.output_dir) / "cache")
-
-
-def share_window(args, content):
-    """Keep the images of an update where a run goes on with another number of processes.
-
-    What the command line does not name is adapted, in the checkpoint's arguments: steps per update
-    if that is enough, which needs no more memory, else the batch size.
-    """
-    saved, flags = content["args"], ("batch_size", "grad_accum_steps")
-    batch, steps = (getattr(args, f) if f in args.explicit else saved[f] for f in flags)
-    window = content["processes"] * saved["batch_size"] * saved["grad_accum_steps"]
-    if "grad_accum_steps" not in args.explicit and window % (batch * WORLD) == 0:
-        steps = window // (batch * WORLD)
-    elif "batch_size" not in args.explicit and window % (steps * WORLD) == 0:
-        batch = window // (steps * WORLD)
-    if WORLD * batch * steps != window:
-        raise UserError(f"A resumed run must keep the {window} images per update of "
-                        f"{args.resume_from}, but {WORLD} processes x --batch_size {batch} x "
-                        f"--grad_accum_steps {steps} do not: use a number of processes that "
-                        f"divides {window}, and drop these flags.")
-    saved.update(zip(flags, (batch, steps)))
 
 
 def load_trained_state(scorer, state, path):
@@ -2159,83 +2032,21 @@ def resume(run, content):
     """Bring a set-up run to where the checkpoint was; its tensors leave the content."""
     path = run.args.resume_from
     if content["identity"]["weights"] != run.identity["weights"]:
-        raise UserError(f"{path} was trained from other CLIP weights than "
-                        f"{run.identity['model']} has now: give the same --clip_model and "
-                        f"--pretrained.")
-    if content["split"] != split_hash(run.table, run.parts):
+        raise UserError(f"{path} was trained from other CLIP weights than {run.identity['model']} "
+                        f"has now: give the same --clip_model and --pretrained.")
+    if content["split"] != split_hash(run):
         raise UserError(f"{path} was trained on another split of the data: resume with the same "
                         f"CSV, --seed, --split_by and ratios.")
     load_trained_state(run.scorer, content.pop("state"), path)
     run.optimizer.load_state_dict(content.pop("optimizer"))
     run.scaler.load_state_dict(content["scaler"])
     run.progress.update(content["progress"])
+    best = Path(path).with_name("baseline_best.pt")
+    if RANK == 0 and best.parent.resolve() != Path(run.args.output_dir).resolve():
+        with writing(Path(run.args.output_dir, best.name)) as half:
+            shutil.copyfile(best if best.exists() else path, half)
     write_log(run)
     print(f"resumed {path} after epoch {run.progress['epoch']}")
-
-
-def bring_best_along(args):
-    """Copy the best checkpoint so far to the output_dir of a run that is resumed from elsewhere."""
-    if args.resume_from and RANK == 0:
-        best = Path(args.resume_from).with_name("baseline_best.pt")
-        with writing(Path(args.output_dir, best.name)) as half:
-            shutil.copyfile(best if best.exists() else args.resume_from, half)
-
-
-def restore_best(run):
-    """Load the best epoch's weights; rank 0 reads them and sends them to the others."""
-    path = Path(run.args.output_dir, "baseline_best.pt")
-    if RANK == 0:
-        load_trained_state(run.scorer, load_checkpoint(path)["state"], path)
-    for value in run.scorer.trained_state().values() if WORLD > 1 else ():
-        dist.broadcast(value.detach(), 0)
-
-
-def find_weights(args):
-    """Return (open_clip's config of the model, weights file or None, config of the tag or {}).
-
-    Raises UserError that names the model, the tag and the ways out where there is none to be had.
-    """
-    schema, identifier = open_clip.factory.parse_model_name(args.clip_model)
-    if schema == "hf-hub":
-        skip_unreachable_hub()
-    try:
-        config = open_clip.get_model_config(args.clip_model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--clip_model {args.clip_model} has no readable open_clip_config.json "
-                        f"({error}): correct the path or name.") from error
-    if config is None:
-        near = difflib.get_close_matches(args.clip_model, open_clip.list_models(), 3)
-        raise UserError(f"--clip_model must be known to open_clip, but {args.clip_model} is not: "
-                        f"try {', '.join(near) or 'local-dir:PATH'}.")
-    if args.pretrained == "none":
-        return config, None, {}
-    if Path(args.pretrained).is_file():
-        return config, args.pretrained, {}
-    if schema == "local-dir":
-        found = open_clip.factory._find_checkpoint_in_dir(Path(identifier))
-        if not found:
-            raise UserError(f"--clip_model {args.clip_model} must be a folder with weights beside "
-                            f"its open_clip_config.json, but there are none in {identifier}: "
-                            f"correct the path, or give --pretrained none.")
-        return config, found, {}
-    tag = {} if schema else open_clip.get_pretrained_cfg(args.clip_model, args.pretrained)
-    if not schema and not tag:
-        tags = open_clip.list_pretrained_tags_by_model(args.clip_model)
-        raise UserError(f"--pretrained must be none, a file, or a tag of {args.clip_model} "
-                        f"({', '.join(tags) or 'which has no tags'}), but {args.pretrained} is "
-                        f"not.")
-    try:
-        skip_unreachable_hub()
-        if schema == "hf-hub":
-            return config, open_clip.factory.download_pretrained_from_hf(identifier), {}
-        return config, open_clip.download_pretrained(tag), tag
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"The weights '{args.pretrained}' of {args.clip_model} are not on this machine and "
-            f"could not be downloaded ({str(error).strip().splitlines()[-1][:200]}): connect to "
-            f"the network once, or give a local file with --pretrained FILE (and --quick_gelu for "
-            f"an OpenAI release), a folder with --clip_model local-dir:PATH, or see it work with "
-            f"--demo.") from error
 
 
 def skip_unreachable_hub():
@@ -2243,19 +2054,22 @@ def skip_unreachable_hub():
 
     Without this it retries for most of a minute before it says that there is no network.
     """
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
-        return
+    if not any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        try:
+            socket.getaddrinfo("huggingface.co", 443)
+        except OSError:
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+@contextlib.contextmanager
+def quiet_library():
+    """Silence open_clip's own log lines and warnings in the block: ours say what matters."""
+    logging.disable(logging.WARNING)
     try:
-        socket.getaddrinfo("huggingface.co", 443)
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-
-
-def looks_like_openai(path):
-    """Return whether a weights file is named like one of OpenAI's releases."""
-    name = Path(path).name.lower()
-    return "openai" in name or (name.endswith(".pt") and name.startswith(
-        ("vit-b-32", "vit-b-16", "vit-l-14", "rn50", "rn101")))
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # --- results and records --------------------------------------------------------------------
@@ -2265,7 +2079,6 @@ FLOORS = {"zero_shot": "zero-shot", "linear_probe": "linear probe",
           "prompt_mean": "prompt mean (no pixels)"}
 SHOWN = ("srocc_q", "plcc_q", "srocc_c", "plcc_c")
 SATURATED = 0.95  # |tanh(delta)| above this is at its bound
-LIMITS = (0.025, 0.975)  # of a 95 % interval
 
 # Lower edges of SROCC and upper edges of the Train-Val Gap, best tier first.
 TIERS = {
@@ -2299,12 +2112,10 @@ def print_setup(args, table, parts, scorer, device):
 
 def print_start(run, values):
     """Print the line of epoch 0: validation SROCC before the first update, and the floors'."""
-    frame = run.table.frame.iloc[run.parts["val"]]
-    floors = {name: metrics({t: of_all[t][run.parts["val"]] for t in TARGETS}, frame)
-              for name, of_all in run.floors.items()}
+    floors = "; ".join(f"{name} {found['srocc_q']:.4f} / {found['srocc_c']:.4f}"
+                       for name, found in floor_metrics(run, "val").items())
     print(f"epoch   0  before training: val SROCC_Q {values['srocc_q']:.4f}  SROCC_C "
-          f"{values['srocc_c']:.4f}   floors: " + "; ".join(
-              f"{name} {m['srocc_q']:.4f} / {m['srocc_c']:.4f}" for name, m in floors.items()))
+          f"{values['srocc_c']:.4f}   floors: {floors}")
 
 
 def print_epoch(row, rate, better):
@@ -2313,9 +2124,16 @@ def print_epoch(row, rate, better):
           f"SROCC_Q {row['train_srocc_q']:.4f} / {row['val_srocc_q']:.4f}  "
           f"SROCC_C {row['train_srocc_c']:.4f} / {row['val_srocc_c']:.4f}  "
           f"lr {row['lr']:.1e}  {rate:.0f} images/s{'  best' * better}", flush=True)
-    if undefined := [t.upper() for t in TARGETS if math.isnan(row[f"val_srocc_{t}"])]:
-        print(f"  SROCC_{' and SROCC_'.join(undefined)} undefined: all predictions or all human "
-              f"scores of the validation part are equal")
+    for t in TARGETS:
+        if math.isnan(row[f"val_srocc_{t}"]):
+            print(f"  SROCC_{t.upper()} is undefined: all predictions or human scores are equal")
+
+
+def floor_metrics(run, part):
+    """Return {floor: metrics} on one part of the split."""
+    rows = run.parts[part]
+    return {name: metrics({t: of_all[t][rows] for t in TARGETS}, run.table.frame.iloc[rows])
+            for name, of_all in run.floors.items()}
 
 
 def tier(target, srocc, gap):
@@ -2347,21 +2165,21 @@ def results(run):
     run is judged on, test where there is one. It is what result.json, runs.csv, the table and the
     repeats have.
     """
-    args = run.args
-    restore_best(run)
-    judged = "test" if len(run.parts["test"]) else "val"
+    args, best = run.args, Path(run.args.output_dir, "baseline_best.pt")
+    if RANK == 0:
+        load_trained_state(run.scorer, load_checkpoint(best)["state"], best)
+    for value in run.scorer.trained_state().values() if WORLD > 1 else ():
+        dist.broadcast(value.detach(), 0)
+    judged, preds = "test" if len(run.parts["test"]) else "val", {}
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": args.command, "seed": run.seed,
-           "split": split_hash(run.table, run.parts), "part": judged,
-           "best_epoch": run.progress["best_epoch"], "epochs_run": run.progress["epoch"]}
-    preds = {}
+           "split": split_hash(run), "part": judged, "best_epoch": run.progress["best_epoch"],
+           "epochs_run": run.progress["epoch"]}
     for part in [part for part in ("val", "test", "train") if len(run.parts[part])]:
         preds[part], found = evaluate(run, part)
         row |= {f"{part}_{name}": value for name, value in found.items() if name != "loss"}
-    rows, pred = run.parts[judged], preds[judged]
-    frame = run.table.frame.iloc[rows]
-    floors = {name: {t: of_all[t][rows] for t in TARGETS} for name, of_all in run.floors.items()}
-    for name, floor in floors.items():
-        row |= {f"{name}_{metric}": value for metric, value in metrics(floor, frame).items()}
+    for name, found in floor_metrics(run, judged).items():
+        row |= {f"{name}_{metric}": value for metric, value in found.items()}
+    rows, pred, frame = run.parts[judged], preds[judged], run.table.frame.iloc[run.parts[judged]]
     for t in TARGETS:
         gap = row[f"train_srocc_{t}"] - row[f"val_srocc_{t}"]
         row |= {f"gap_{t}": gap, f"tier_{t}": tier(t, row[f"val_srocc_{t}"], gap)}
@@ -2369,31 +2187,25 @@ def results(run):
             size = pred[f"{t}_delta"].abs()
             row |= {f"saturated_{t}": float((size > SATURATED).mean()),
                     f"largest_delta_{t}": float(size.max())}
-        drawn = bootstrap({"run": pred[t], **{name: floor[t] for name, floor in floors.items()}},
+        drawn = bootstrap({"run": pred[t]} | {name: of[t][rows] for name, of in run.floors.items()},
                           frame[t], frame["prompt_id"].to_numpy())
-        ends = drawn.rsub(drawn["run"], axis=0).assign(run=drawn["run"]).quantile(LIMITS)
-        row |= dict(zip((f"interval_{t}_low", f"interval_{t}_high"), ends["run"]))
-        for name in floors:
-            gain = row[f"{judged}_srocc_{t}"] - row[f"{name}_srocc_{t}"]
-            row |= gain_entries(name, t, gain, *ends[name])
-    return preds, row | {"output_dir": args.output_dir, "checkpoint": str(
-        Path(args.output_dir, "baseline_best.pt"))}
-
-
-def gain_entries(floor, target, gain, low, high):
-    """Return the entries of a row for the gain in SROCC over a floor and its 95 % interval."""
-    name = f"gain_{floor}_{target}"
-    return {name: gain, f"{name}_low": low, f"{name}_high": high}
+        drawn[[*run.floors]] = drawn[[*run.floors]].rsub(drawn["run"], axis=0)  # gains
+        for name, (low, high) in drawn.quantile([0.025, 0.975]).items():
+            key = f"interval_{t}" if name == "run" else f"gain_{name}_{t}"
+            row |= {f"{key}_low": low, f"{key}_high": high}
+        for name in run.floors:
+            row[f"gain_{name}_{t}"] = row[f"{judged}_srocc_{t}"] - row[f"{name}_srocc_{t}"]
+    return preds, row | {"output_dir": args.output_dir, "checkpoint": str(best)}
 
 
 def score_table(rows):
-    """Return the table of floors and runs as a DataFrame of text: one row, or mean +- SD of more."""
+    """Return the table of floors and runs as a DataFrame of text, mean +- SD of several rows."""
     frame = pd.DataFrame(rows)
     names = {**{floor: title for floor, title in FLOORS.items() if f"{floor}_srocc_q" in frame},
              frame["part"][0]: "this run"}
     table = pd.DataFrame({metric.upper(): {title: pd.to_numeric(frame[f"{name}_{metric}"])
                                            for name, title in names.items()} for metric in SHOWN})
-    return table.map(lambda v: f"{v.mean():.4f}" + (f" +- {v.std():.4f}" if len(v) > 1 else ""))
+    return table.map(lambda v: f"{v.mean():.4f}" + f" +- {v.std():.4f}" * (len(v) > 1))
 
 
 def verdict(row):
@@ -2412,9 +2224,9 @@ def verdict(row):
 def keep_records(run, preds, row):
     """Print and write what a finished run leaves; row["advice"] gets the names of what fired."""
     args, folder, frame = run.args, Path(run.args.output_dir), run.table.frame
-    depth, images = len(run.scorer.towers["image"].blocks), len(run.parts["train"])
+    depth = len(run.scorer.towers["image"].blocks)
+    before = settings_advice(args, len(run.parts["train"]), depth)
     found = training_advice(args, run.progress["log"], row, depth)
-    before = settings_advice(args, images, depth)
     row["advice"] = [what for what, *_ in before + found]
     print(f"\n{row['part']}, best epoch {row['best_epoch']}\n{score_table([row]).to_string()}")
     print("\n".join(verdict(row)))
@@ -2423,8 +2235,8 @@ def keep_records(run, preds, row):
         return
     for part in ("val", "test") if row["part"] == "test" else ("val",):
         table = frame[["name", "prompt", "mos_quality", "mos_align"]].iloc[run.parts[part]]
-        with writing(folder / f"{part}_predictions.csv") as half:
-            add_scores(table, preds[part], run.table.scales).to_csv(half, index=False)
+        table = add_scores(table, preds[part], run.table.scales)
+        save_text(folder / f"{part}_predictions.csv", table.to_csv(index=False))
     if not args.no_plots:
         write_report(run, preds[row["part"]], row, before + found)
     if args.tensorboard:
@@ -2440,60 +2252,51 @@ def add_scores(table, pred, scales):
                            for name, key in names.items()})
 
 
-def write_json(path, content):
-    """Write JSON; what is not a number becomes null."""
-    if RANK == 0:
-        with writing(path) as half:
-            half.write_text(json.dumps(plain(content), indent=1) + "\n", encoding="utf-8")
-
-
 def plain(value):
     """Return the value with NaN and infinities as None: JSON has neither."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return [plain(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path, content):
+    """Write JSON; what is not a number becomes null."""
+    save_text(path, json.dumps(plain(content), indent=1) + "\n")
 
 
 def append_run(args, row):
     """Add a row to <output_dir>/runs.csv; columns of other runs stay, and so do their texts."""
     path = Path(args.output_dir, "runs.csv")
-    if RANK == 0:
-        before = [pd.read_csv(path, dtype=str, keep_default_na=False)] if path.exists() else []
-        own = pd.DataFrame([row | {"advice": "; ".join(row["advice"])}])
-        with writing(path) as half:
-            pd.concat([*before, own]).to_csv(half, index=False)
+    before = [pd.read_csv(path, dtype=str, keep_default_na=False)] if path.exists() else []
+    own = pd.DataFrame([row | {"advice": "; ".join(row["advice"])}])
+    save_text(path, pd.concat([*before, own]).to_csv(index=False))
 
 
 def write_config(run):
     """Write config.json: arguments, versions, split, label scales, commit; and skipped.csv."""
+    args, table, folder = run.args, run.table, Path(run.args.output_dir)
     git = shutil.which("git") and subprocess.run(
         ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    write_json(Path(run.args.output_dir, "config.json"), {
-        "arguments": {k: v for k, v in vars(run.args).items() if k != "explicit"},
-        "fingerprint": fingerprint(run.args, run.table), "seed": run.seed,
-        "identity": run.identity, "label_scales": run.table.scales,
-        "split": split_hash(run.table, run.parts),
+    write_json(folder / "config.json", {
+        "arguments": {k: v for k, v in vars(args).items() if k != "explicit"}, "seed": run.seed,
+        "fingerprint": fingerprint(args, table), "identity": run.identity,
+        "label_scales": table.scales, "split": split_hash(run),
         "images": {part: len(rows) for part, rows in run.parts.items()},
-        "versions": {"python": platform.python_version(), **{
-            name: sys.modules[name].__version__ for name in ("torch", "open_clip", "pandas",
-                                                             "numpy", "scipy")}},
+        "versions": {"python": sys.version.split()[0]} | {
+            module.__name__: module.__version__ for module in (torch, open_clip, pd, np, scipy)},
         "commit": git.stdout.strip() or None if git else None})
-    if run.args.skip_bad_images and RANK == 0:
-        with writing(Path(run.args.output_dir, "skipped.csv")) as half:
-            run.table.skipped.to_csv(half, index=False)
+    if args.skip_bad_images:
+        save_text(folder / "skipped.csv", table.skipped.to_csv(index=False))
 
 
 def fingerprint(args, table):
     """Return a hash of what a run depends on: flags that matter, and the data."""
     flags = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
     flags["batch_size"] *= WORLD
-    data = table.frame.drop(columns="path").astype(str)
-    return content_key(flags=flags, data=hashlib.sha256(
-        pd.util.hash_pandas_object(data, index=False).to_numpy().tobytes()).hexdigest())
+    data = table.frame.drop(columns=["path", "stamp"]).to_csv()
+    return content_key(flags=flags, data=hashlib.sha256(data.encode()).hexdigest())
 
 
 def archive_old_run(args):
@@ -2508,59 +2311,49 @@ def archive_old_run(args):
         target = folder / "archive" / time.strftime("%Y%m%d-%H%M%S")
         while target.exists():
             target = target.with_name(target.name + "x")
-        try:
+        with must_write(folder):
             target.mkdir(parents=True)
             for path in old:
                 path.rename(target / path.name)
-        except OSError as error:
-            raise UserError(f"--output_dir {folder} must be writable to keep the earlier run, but "
-                            f"is not ({error}): give another --output_dir.") from error
         print(f"the earlier run in {folder} is kept in {target}")
     gather(None)
 
 
 def train_repeats(args, table):
-    """Train on several splits; a repeat that was finished before is kept, one that began goes on."""
-    seeds, rows = range(args.seed, args.seed + args.repeats), []
-    folders = {seed: Path(args.output_dir, f"repeat_{seed}") for seed in seeds}
-    configs = [folder / "config.json" for folder in folders.values()]
-    args_of_one = argparse.Namespace(**vars(args))
-    ours = [json.loads(path.read_text())["fingerprint"] == fingerprint(args, table)
-            for path in configs if path.exists()]
-    gather(None)
-    if not (ours and all(ours)):
+    """Train on several splits; a repeat that was finished before is kept, one that began goes on.
+
+    Returns {"repeats": rows, "mean", "sd": by the rows' keys, "gain_<floor>_<target>": mean of the
+    paired differences over splits, .._low, .._high: its 95 % t interval}.
+    """
+    folders = {seed: Path(args.output_dir, f"repeat_{seed}")
+               for seed in range(args.seed, args.seed + args.repeats)}
+    known = [json.loads(path.read_text())["fingerprint"] for folder in folders.values()
+             if (path := folder / "config.json").exists()]
+    if {*gather(known)[0]} != {fingerprint(args, table)}:
         archive_old_run(args)
+    rows = []
     for seed, folder in folders.items():
         done, last = folder / "result.json", folder / "baseline_last.pt"
-        print(f"\nrepeat with seed {seed}" + (": finished before, kept" if done.exists() else ""))
-        args_of_one.output_dir, args_of_one.resume_from = str(folder), str(last)
-        if not done.exists():
+        print(f"\nrepeat with seed {seed}{': finished before, kept' * done.exists()}")
+        if not all(gather(done.exists())):
             content = load_checkpoint(last) if last.exists() else None
-            append_run(args, train_one_run(args_of_one, table, seed, content))
+            own = argparse.Namespace(**vars(args) | {
+                "output_dir": str(folder), "resume_from": str(last) if content else None})
+            append_run(args, train_one_run(own, table, seed, content))
             gather(None)
         rows.append(json.loads(done.read_text()))
-    result = summary(rows) | {"output_dir": args.output_dir, "command": args.command}
+    frame = pd.DataFrame(rows)
+    numbers = frame[[name for name in frame if name[-2:] in ("_q", "_c")]].select_dtypes("number")
+    mean, sd = numbers.mean(), numbers.std()
+    half = scipy.stats.t.ppf(0.975, len(rows) - 1) / math.sqrt(len(rows)) * sd
+    result = {"repeats": rows, "part": rows[0]["part"], "mean": mean.to_dict(), "sd": sd.to_dict(),
+              "output_dir": args.output_dir, "command": args.command}
+    for name in [name for name in numbers if name.startswith("gain_")]:
+        result |= {name: mean[name], f"{name}_low": mean[name] - half[name],
+                   f"{name}_high": mean[name] + half[name]}
     print(f"\n{result['part']} of {len(rows)} splits, mean +- SD\n{score_table(rows).to_string()}")
     print("\n".join(verdict(result)))
     write_json(Path(args.output_dir, "result.json"), result)
-    return result
-
-
-def summary(rows):
-    """Return {"repeats", "part", "mean", "sd", "gain_<floor>_<target>", ..} of rows of results.
-
-    Gains: mean over splits of the paired difference, and its 95 % t interval.
-    """
-    frame = pd.DataFrame(rows)
-    numbers = frame[[name for name in frame if name[-2:] in ("_q", "_c")]].select_dtypes("number")
-    result = {"repeats": rows, "part": rows[0]["part"], "mean": numbers.mean().to_dict(),
-              "sd": numbers.std().to_dict()}
-    half = scipy.stats.t.ppf(0.975, len(rows) - 1) / math.sqrt(len(rows))
-    for floor, t in itertools.product(FLOORS, TARGETS):
-        if f"gain_{floor}_{t}" in numbers:
-            gain = numbers[f"gain_{floor}_{t}"]
-            result |= gain_entries(floor, t, gain.mean(), gain.mean() - half * gain.std(),
-                              gain.mean() + half * gain.std())
     return result
 
 
@@ -2597,28 +2390,28 @@ def settings_advice(args, images, depth):
 
 
 def less_capacity(args, depth):
-    """Return the card's flags against overfitting, none of which may raise the capacity."""
+    """Return the card's flags against overfitting, none of which raises the capacity."""
     flags = f"--dropout {max(0.2, args.dropout):g} --weight_decay {max(5e-4, args.weight_decay):g}"
     if not args.no_residual_learning:
         flags += (f" --residual_scale_q {min(0.15, args.residual_scale_q):g}"
                   f" --residual_scale_c {min(0.15, args.residual_scale_c):g}")
     if args.freeze_clip:
         return f"{flags} --epochs {max(1, args.epochs // 2)}"
-    lr = args.lr / 3 if args.demo else min(1e-5, args.lr)
     frozen = max(args.freeze_layers * args.partial_freeze, round(depth * 20 / 24), 1)
-    return flags + f" --lr {lr:.2g}" + (f" --partial_freeze --freeze_layers {frozen}" * (depth > 0))
+    flags += f" --lr {args.lr / 3 if args.demo else min(1e-5, args.lr):.2g}"
+    return flags + f" --partial_freeze --freeze_layers {frozen}" * (depth > 0)
 
 
 def more_capacity(args, depth):
-    """Return the card's flags against underfitting, none of which may lower the capacity."""
+    """Return the card's flags against underfitting, none of which lowers the capacity."""
     lr = min(5e-3, args.lr * 2) if args.freeze_clip else max(5e-5, args.lr)
-    flags = f"--dropout {min(0.05, args.dropout):g} --weight_decay 1e-5 --lr {lr:g}"
+    flags = (f"--dropout {min(0.05, args.dropout):g} --weight_decay "
+             f"{min(1e-5, args.weight_decay):g} --lr {max(lr, args.lr):g}")
     if not args.no_residual_learning:
         flags += (f" --residual_scale_q {max(0.3, args.residual_scale_q):g}"
                   f" --residual_scale_c {max(0.3, args.residual_scale_c):g}")
-    if args.partial_freeze:
-        flags += f" --freeze_layers {max(1, min(args.freeze_layers, round(depth * 16 / 24)))}"
-    return flags
+    frozen = max(1, min(args.freeze_layers, round(depth * 16 / 24)))
+    return flags + f" --freeze_layers {frozen}" * args.partial_freeze
 
 
 def training_advice(args, log, row, depth):
@@ -2660,20 +2453,15 @@ def training_advice(args, log, row, depth):
     return [(what, why, flags) for what, fires, why, flags in rows if fires]
 
 
-def next_command(args, flags):
-    """Return the user's own command with flags appended: of two that are the same the last wins."""
-    return f"python baseline.py {args.command} {flags}"
-
-
 def print_advice(args, found):
-    """Print each finding with its evidence and the next command; nothing if there is none."""
+    """Print each finding, its evidence, and the user's own command: the last of two flags wins."""
     for what, why, flags in found:
-        print(f"\n{what}: {why}; try\n  {next_command(args, flags)}")
+        print(f"\n{what}: {why}; try\n  python baseline.py {args.command} {flags}")
 
 
 # --- pictures and page ----------------------------------------------------------------------
 
-COLOURS = {"q": "#0072B2", "c": "#D55E00", "loss": "#666666"}  # Okabe, Ito: colour-blind-safe
+COLOURS = {"q": "#0072B2", "c": "#D55E00", "s": "#666666"}  # Okabe, Ito: colour-blind-safe
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC",
          "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei", "Microsoft YaHei", "PingFang SC"]
 
@@ -2699,21 +2487,15 @@ def draw_curves(log, row, path):
     log = pd.DataFrame(log)
     with picture(path, 1, 3, (14, 4.2)) as axes:
         for axis, name in zip(axes[0], ("loss", "srocc_q", "srocc_c")):
-            colour = COLOURS[name[-1] if name != "loss" else name]
-            for part, style, label in (("train", "--", "train (running)"),
-                                       ("val", "-", "validation")):
-                axis.plot(log["epoch"], log[f"{part}_{name}"], style, marker=".", color=colour,
-                          label=label)
+            log.plot("epoch", [f"train_{name}", f"val_{name}"], style=[".--", ".-"], ax=axis,
+                     color=COLOURS[name[-1]], title=name.upper(), grid=True)
             for floor, line in (("linear_probe", ":"), ("zero_shot", "-.")):
-                if name != "loss" and (floor, name) != ("zero_shot", "srocc_q"):
-                    axis.axhline(row[f"{floor}_{name}"], linestyle=line, color=COLOURS["loss"],
-                                 label=f"{FLOORS[floor]} {row[f'{floor}_{name}']:.3f}")
+                if (value := row.get(f"{floor}_{name}")) is not None:
+                    axis.axhline(value, linestyle=line, color=COLOURS["s"],
+                                 label=f"{FLOORS[floor]} {value:.3f}")
             axis.axvline(row["best_epoch"], color="black", linewidth=0.8, alpha=0.5,
                          label=f"best epoch {row['best_epoch']}")
-            axis.set(xlabel="epoch", title=name.upper() if name != "loss" else
-                     "weighted squared error on the [0, 1] scale")
             axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.25)
             axis.legend(fontsize=8)
 
 
@@ -2726,32 +2508,31 @@ def draw_scatter(pred, frame, scales, row, path):
                          color=COLOURS[t], edgecolors="none")
             axis.plot([0, scale], [0, scale], color="black", linewidth=0.8, label="identity")
             axis.set(title=f"{TITLES[t]} ({part}): SROCC {row[f'{part}_srocc_{t}']:.3f}, "
-                           f"PLCC {row[f'{part}_plcc_{t}']:.3f}",
-                     xlabel=f"human MOS (0 to {scale:g})", ylabel=f"predicted MOS (0 to {scale:g})",
-                     xlim=(0, scale), ylim=(0, scale), aspect="equal")
+                           f"PLCC {row[f'{part}_plcc_{t}']:.3f}", aspect="equal",
+                     xlabel=f"human MOS (0 to {scale:g})", xlim=(0, scale),
+                     ylabel=f"predicted MOS (0 to {scale:g})", ylim=(0, scale))
             axis.grid(alpha=0.25)
-            axis.legend(fontsize=8, loc="upper left")
 
 
 def draw_worst(pred, frame, scales, path, count=6):
     """Draw a contact sheet of the images that each target gets most wrong."""
     count = min(count, len(frame))
     with picture(path, 2, count, (2.5 * count, 6.8)) as axes:
-        for line, t in zip(axes, TARGETS):
-            worst = np.argsort(-np.abs(pred[t].to_numpy() - frame[t].to_numpy()))[:count]
-            for axis, i in zip(line, worst):
-                try:
-                    image = load_image(frame["path"].iloc[i])
-                except ImageError:  # gone since it was cached: no reason to lose the report
-                    image = Image.new("RGB", (8, 8), "grey")
-                image.thumbnail((256, 256))
-                axis.imshow(image)
-                human, own = (side.iloc[i] * scales[t] for side in (frame[t], pred[t].clip(0, 1)))
-                axis.set_title(f"{TITLES[t]}: human {human:.2f}, predicted {own:.2f}", fontsize=7)
-                prompt = "\n".join(textwrap.wrap(frame["prompt"].iloc[i], 26, max_lines=3,
-                                                 placeholder=" .."))
-                axis.set_xlabel(prompt.replace("$", r"\$"), fontsize=8)
-                axis.set(xticks=[], yticks=[])
+        for place, axis in enumerate(axes.flat):
+            t = TARGETS[place // count]
+            worst = np.argsort(-np.abs(pred[t].to_numpy() - frame[t].to_numpy()))[place % count]
+            try:
+                image = load_image(frame["path"].iloc[worst])
+            except ImageError:  # gone since it was cached: no reason to lose the report
+                image = Image.new("RGB", (8, 8), "grey")
+            image.thumbnail((256, 256))
+            axis.imshow(image)
+            human, own = (side.iloc[worst] * scales[t] for side in (frame[t], pred[t].clip(0, 1)))
+            axis.set_title(f"{TITLES[t]}: human {human:.2f}, predicted {own:.2f}", fontsize=7)
+            prompt = "\n".join(textwrap.wrap(frame["prompt"].iloc[worst], 26, max_lines=3,
+                                             placeholder=" .."))
+            axis.set_xlabel(prompt.replace("$", r"\$"), fontsize=8)
+            axis.set(xticks=[], yticks=[])
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>baseline.py report</title>
@@ -2766,26 +2547,24 @@ border-bottom:1px solid #ccc}}pre{{white-space:pre-wrap;background:#f4f4f4;paddi
 
 def write_report(run, pred, row, found):
     """Write curves.png, scatter.png, worst.png and report.html, which holds them all."""
-    folder, frame = Path(run.args.output_dir), run.table.frame.iloc[run.parts[row["part"]]]
+    args, folder, scales = run.args, Path(run.args.output_dir), run.table.scales
+    frame, pictures = run.table.frame.iloc[run.parts[row["part"]]], ""
     draw_curves(run.progress["log"], row, folder / "curves.png")
-    draw_scatter(pred, frame, run.table.scales, row, folder / "scatter.png")
-    draw_worst(pred, frame, run.table.scales, folder / "worst.png")
-    lines = [html.escape(line) for line in verdict(row)]
-    lines += [f"<b>{html.escape(what)}</b>: {html.escape(why)}"
-              f"<pre>{html.escape(next_command(run.args, flags))}</pre>"
-              for what, why, flags in found]
-    pictures = "".join(
-        f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,'
-        f'{base64.b64encode((folder / name).read_bytes()).decode()}">'
-        for name, title in (("curves.png", "Training"), ("scatter.png", "Predicted and human MOS"),
-                            ("worst.png", "Most wrong")))
+    draw_scatter(pred, frame, scales, row, folder / "scatter.png")
+    draw_worst(pred, frame, scales, folder / "worst.png")
+    for name, title in (("curves", "Training"), ("scatter", "Predicted and human MOS"),
+                        ("worst", "Most wrong")):
+        content = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        pictures += f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{content}">'
+    lines = [html.escape(line) for line in verdict(row)] + [
+        f"<b>{html.escape(what)}</b>: {html.escape(why)}"
+        f"<pre>{html.escape(f'python baseline.py {args.command} {flags}')}</pre>"
+        for what, why, flags in found]
     page = PAGE.format(**row | {
-        "command": html.escape(f"python baseline.py {run.args.command}"), "count": len(frame),
-        "split_by": run.args.split_by, "pictures": pictures,
-        "table": score_table([row]).to_html(border=0),
-        "lines": "".join(f"<li>{line}</li>" for line in lines)})
-    with writing(folder / "report.html") as half:
-        half.write_text(page, encoding="utf-8")
+        "command": html.escape(f"python baseline.py {args.command}"), "count": len(frame),
+        "split_by": args.split_by, "pictures": pictures, "lines": "".join(
+            f"<li>{line}</li>" for line in lines), "table": score_table([row]).to_html(border=0)})
+    save_text(folder / "report.html", page)
 
 
 def write_tensorboard(run):
@@ -2795,17 +2574,18 @@ def write_tensorboard(run):
     except ImportError:
         print("--tensorboard needs the package tensorboard: pip install tensorboard")
         return
-    folder = Path(run.args.output_dir)
+    folder, log = Path(run.args.output_dir), run.progress["log"]
     with SummaryWriter(str(folder / "tensorboard")) as writer:
-        for row in run.progress["log"]:
-            for name, value in row.items():
-                writer.add_scalar(name, value, row["epoch"])
+        for row, name in itertools.product(log, LOG_COLUMNS):
+            writer.add_scalar(name, row[name], row["epoch"])
         for path in sorted(folder.glob("*.png")):
-            writer.add_image(path.stem, np.asarray(Image.open(path).convert("RGB")),
-                             run.progress["epoch"], dataformats="HWC")
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            writer.add_image(path.stem, pixels, len(log), dataformats="HWC")
 
 
 # --- scoring --------------------------------------------------------------------------------
+
+SCORE_COLUMNS = ("quality", "consistency", "quality_base", "consistency_base", "error", "keep")
 
 
 def scoring_frame(args, saved):
@@ -2829,28 +2609,22 @@ def scoring_frame(args, saved):
         base = next((p for p in places if os.path.isfile(p / frame[name][0])), places[-1])
         prompts = frame[prompt].tolist() if prompt in frame else [args.prompt or ""] * len(frame)
         return frame, [base / own for own in frame[name]], prompts
-    if not target.exists():
-        raise UserError(f"--predict needs a CSV, a folder or an image, but there is no {target}: "
-                        f"correct the path.")
-    known = Image.registered_extensions()
+    known, prompts = Image.registered_extensions(), []
     paths = [target] if target.is_file() else sorted(
         path for path in target.rglob("*") if path.suffix.lower() in known and path.is_file())
     if not paths:
-        raise UserError(f"{target} holds no images: give a folder with pictures in it.")
-    names = [path.relative_to(target if target.is_dir() else target.parent).as_posix()
-             for path in paths]
-    prompts = [side_prompt(path) or args.prompt or "" for path in paths]
+        raise UserError(f"--predict needs a CSV, an image or a folder of images, but there are no "
+                        f"images in {target}: correct the path.")
+    for text in (path.with_suffix(".txt") for path in paths):
+        try:
+            own = text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
+        except UnicodeDecodeError as error:
+            raise UserError(f"{text} must be UTF-8, but byte {error.start} is not: save it as "
+                            f"UTF-8.") from error
+        prompts.append(own or args.prompt or "")
+    base = target.parent if target.is_file() else target
+    names = [path.relative_to(base).as_posix() for path in paths]
     return pd.DataFrame({"name": names, "prompt": prompts}), paths, prompts
-
-
-def side_prompt(path):
-    """Return the text of the .txt file beside an image, "" if there is none."""
-    text = path.with_suffix(".txt")
-    try:
-        return text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
-    except UnicodeDecodeError as error:
-        raise UserError(f"{text} must be UTF-8, but byte {error.start} is not: save it as "
-                        f"UTF-8.") from error
 
 
 def load_scorer(args, content, device):
@@ -2864,16 +2638,14 @@ def load_scorer(args, content, device):
     if identity["weights"] != content["identity"]["weights"]:
         raise UserError(f"{args.checkpoint} was trained from other weights than "
                         f"{saved.clip_model} ({saved.pretrained}) has now: restore them.")
-    original = None if saved.freeze_clip else copy.deepcopy(clip)
+    original = clip if saved.freeze_clip else copy.deepcopy(clip)
     scorer = CLIPScorer(clip, make_towers(clip, tokenizer, saved), identity, saved)
-    scorer.before = scorer.towers
-    if original is not None:
-        scorer.before = make_towers(original, tokenizer, saved)
-        for own, twin in zip(clip.modules(), original.modules()):
-            for name, parameter in own.named_parameters(recurse=False):
-                if not parameter.requires_grad:
-                    setattr(twin, name, parameter)
-        original.to(device)
+    scorer.before = scorer.towers if saved.freeze_clip else make_towers(original, tokenizer, saved)
+    for own, twin in zip(clip.modules(), original.modules()):
+        for name, parameter in own.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                setattr(twin, name, parameter)
+    original.to(device)
     load_trained_state(scorer, content["state"], args.checkpoint)
     return scorer.to(device).eval(), tokenizer, identity
 
@@ -2888,11 +2660,9 @@ def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
     ids = tokenize(tokenizer, list(unique), "prompts")
     t, t0 = (TextInputs(towers["text"], ids, identity, args, device, keep=False).embed().to(device)
              for towers in (scorer.towers, scorer.before))
-    decode = Decoder(paths, identity["preprocess"])
-    own = batches_of(len(paths), args.batch_size)[RANK::WORLD]
-    outputs, errors = [], {}
-    stream = zip(own, ahead(decode, own, args.num_workers))
-    for rows, (images, bad) in progress_bar(stream, "score", len(own)):
+    own, outputs, errors = batches_of(len(paths), args.batch_size)[RANK::WORLD], [], {}
+    stream = ahead(Decoder(paths, identity["preprocess"]), own, args.num_workers)
+    for rows, (images, bad) in progress_bar(zip(own, stream), "score", len(own)):
         with autocast(args, device):
             x = scorer.towers["image"].prefix(scorer.pixels(images.to(device)))
             f, f0 = (towers["image"].suffix(x) for towers in (scorer.towers, scorer.before))
@@ -2911,59 +2681,50 @@ def predict(args):
 
     Exits with status 1 where an image could not be read; the others are scored all the same.
     """
-    out = sys.stderr if args.predictions_csv == "-" and RANK == 0 else sys.stdout
-    with contextlib.redirect_stdout(out):
+    to_stdout = args.predictions_csv == "-"
+    with contextlib.redirect_stdout(sys.stdout if RANK or not to_stdout else sys.stderr):
         content = load_checkpoint(args.checkpoint)
         saved = argparse.Namespace(**content["args"])
         frame, paths, prompts = scoring_frame(args, saved)
         if not {"precision", "no_amp"} & args.explicit:
             args.precision = saved.precision
         args.cache, device = "off", pick_device(args)
-        scorer, tokenizer, identity = load_scorer(args, content, device)
-        pred, errors = score_images(scorer, tokenizer, identity, paths, prompts, args, device)
+        scorer = load_scorer(args, content, device)
+        pred, errors = score_images(*scorer, paths, prompts, args, device)
         print_metrics(frame, pred, content["scales"], saved)
-        frame = add_scores(rename_taken(frame), pred, content["scales"]).assign(
-            error=[errors.get(row, "") for row in range(len(frame))])
+        for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
+            free = (name + "_input" * k for k in itertools.count(1))
+            frame = frame.rename(columns={name: next(n for n in free if n not in frame)})
+        frame = add_scores(frame, pred, content["scales"])
+        frame["error"] = [errors.get(row, "") for row in range(len(frame))]
         limits = {"quality": args.min_quality, "consistency": args.min_consistency}
-        limits = {name: limit for name, limit in limits.items() if limit is not None}
+        passes = [frame[name] >= limit for name, limit in limits.items() if limit is not None]
         if errors:
             print(f"{len(errors)} of {len(frame)} images could not be read: see the column error")
-        if limits:
-            frame["keep"] = np.all([frame[name] >= limit for name, limit in limits.items()], axis=0)
+        if passes:
+            frame["keep"] = np.all(passes, axis=0)
             print(f"{frame['keep'].sum()} of {len(frame)} images pass")
-    if RANK == 0 and args.predictions_csv == "-":
+    if to_stdout:
         frame.to_csv(sys.stdout, index=False)
-    elif RANK == 0:
-        with writing(args.predictions_csv) as half:
-            frame.to_csv(half, index=False)
+    else:
+        save_text(args.predictions_csv, frame.to_csv(index=False))
         print(f"{len(frame)} rows written to {args.predictions_csv}")
     gather(None)
     if errors:
         raise SystemExit(RANK == 0)  # one status is enough: torchrun ends the others by it
 
 
-def rename_taken(frame):
-    """Rename the input's columns that are called as ours: none of it is ever overwritten."""
-    names = list(frame.columns)
-    for name in ("quality", "consistency", "quality_base", "consistency_base", "error", "keep"):
-        other = f"{name}_input"
-        while other in names:
-            other += "_input"
-        names = [other if old == name else old for old in names]
-    return frame.set_axis(names, axis=1)
-
-
 def print_metrics(frame, pred, scales, saved):
     """Print the metrics of the targets whose human scores the input has."""
-    for target, column in (("q", saved.quality_column), ("c", saved.consistency_column)):
+    for t, column in (("q", saved.quality_column), ("c", saved.consistency_column)):
         if column in frame:
-            mos = pd.to_numeric(frame[column], errors="coerce") / scales[target]
-            both = pd.DataFrame({"pred": pred[target], "mos": mos}).replace(np.inf, np.nan).dropna()
-            found = metrics(*({t: both[side] for t in TARGETS} for side in both))
-            if len(both):
-                print(f"{TITLES[target]}: " + ", ".join(
-                    f"{name.upper()} {found[f'{name}_{target}']:.4f}" for name in METRICS)
-                    + f" on {len(both)} images")
+            mos = pd.to_numeric(frame[column], errors="coerce") / scales[t]
+            good = np.isfinite(mos) & np.isfinite(pred[t])
+            sides = [dict.fromkeys(TARGETS, side[good]) for side in (pred[t], mos)]
+            if good.any():
+                print(f"{TITLES[t]}: " + ", ".join(
+                    f"{name.upper()} {metrics(*sides)[f'{name}_{t}']:.4f}" for name in METRICS)
+                    + f" on {good.sum()} images")
 
 
 if __name__ == "__main__":
