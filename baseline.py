@@ -97,9 +97,14 @@ def let_rank_0_speak():
         time.sleep(2)
 
 
-def number(low, high=math.inf, kind=float, open_low=False):
-    """Return an argparse type for finite numbers from low (open_low: above it) to high."""
+def number(low, high=math.inf, kind=float, open_low=False, auto=False):
+    """Return an argparse type for finite numbers from low (open_low: above it) to high.
+
+    auto: whether the word 'auto' stands for None.
+    """
     def parse(text):
+        if auto and text == "auto":
+            return None
         value = kind(text)
         if not low <= value <= high or (open_low and value == low) or value == math.inf:
             edge = "above" if open_low else "at least"
@@ -110,12 +115,7 @@ def number(low, high=math.inf, kind=float, open_low=False):
     return parse
 
 
-def label_scale(text):
-    """Parse a label scale: a positive number, or None for 'auto'."""
-    return None if text == "auto" else number(0, open_low=True)(text)
-
-
-label_scale.__name__ = "label scale"
+label_scale = number(0, open_low=True, auto=True)
 fraction = number(0, 1)
 positive = number(0, open_low=True)
 positive_int = number(1, kind=int)
@@ -274,6 +274,8 @@ def parse_args(argv=None):
     for flag, needed in DEPENDENT_FLAGS.items():
         if flag in given and not getattr(args, needed) and RANK == 0:
             print(f"WARNING: --{flag} does nothing without --{needed}", file=sys.stderr)
+    if args.grad_checkpointing and args.freeze_clip and RANK == 0:
+        print("WARNING: --grad_checkpointing does nothing with --freeze_clip", file=sys.stderr)
     if args.no_amp:
         args.precision = "fp32"
     args.cache_dir = args.cache_dir or str(Path(args.output_dir) / "cache")
@@ -288,6 +290,7 @@ import base64
 import contextlib
 import copy
 import ctypes
+import functools
 import hashlib
 import html
 import io
@@ -493,14 +496,12 @@ def load_clip(args, seed):
     preprocess. seed: of the random weights of --pretrained none. QuickGELU is what the tag was
     trained with (open_clip itself only warns), what --quick_gelu or the model's own config says.
     """
-    name, pretrained, from_file = args.clip_model, args.pretrained, os.path.isfile(args.pretrained)
-    by_name, options, tags = from_file or pretrained == "none", {}, []
-    if by_name and pretrained == "none":
-        print(f"WARNING: {name} starts from RANDOM weights (--pretrained none)")
+    name, pretrained, tags = args.clip_model, args.pretrained, []
+    from_file, random = os.path.isfile(pretrained), pretrained == "none"
     torch.manual_seed(seed)
     try:
         with quiet_library():
-            if not by_name and not name.startswith("local-dir:"):
+            if not (from_file or random or name.startswith("local-dir:")):
                 skip_unreachable_hub()
             config = open_clip.get_model_config(name)
             if config is None:
@@ -509,28 +510,25 @@ def load_clip(args, seed):
             tags = open_clip.list_pretrained_tags_by_model(name)
             quick_gelu = bool(args.quick_gelu or config.get("quick_gelu") or (
                 open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu"))
-            # Attention as plain matrix products stays fast where it is frozen; the keys stay, too.
-            if "timm_model_name" not in config["vision_cfg"] and isinstance(
-                    config["vision_cfg"].get("layers", 12), int):
-                options["vision_cfg"] = {"block_type": "custom"} | config["vision_cfg"]
-            if not config["text_cfg"].get("hf_model_name"):
-                options["text_cfg"] = {"block_type": "custom"} | config["text_cfg"]
             model = open_clip.create_model(
-                name, None if by_name else pretrained, load_weights=not by_name,
-                require_pretrained=not by_name, pretrained_text=pretrained == "none",
-                force_custom_text=True, force_quick_gelu=quick_gelu, **options,
-                force_preprocess_cfg={"resize_mode": args.resize_mode} if args.resize_mode else {})
+                name, None if from_file or random else pretrained, pretrained_text=random,
+                load_weights=not (from_file or random), force_quick_gelu=quick_gelu,
+                require_pretrained=not (from_file or random), force_custom_text=True,
+                force_preprocess_cfg={"resize_mode": args.resize_mode} if args.resize_mode else {},
+                **plain_attention(config))
             if from_file:
                 open_clip.load_checkpoint(model, pretrained)
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, hub, pickle, zip, safetensors: each in its own ways
-        raise UserError(
-            f"--clip_model {name} --pretrained {pretrained} cannot be loaded "
-            f"({str(error).strip().splitlines()[-1][:200]}). The model is a name that open_clip "
-            f"knows, or local-dir:PATH with open_clip_config.json and weights; --pretrained is "
-            f"none, a file of its state dict (and --quick_gelu for an OpenAI release), or a tag "
-            f"({', '.join(tags) or 'it has none'}), which is downloaded once; or try "
-            f"--demo.") from error
+        reason = (str(error).strip() or repr(error)).splitlines()[-1][:200]
+        raise UserError(f"--clip_model {name} --pretrained {pretrained} cannot be loaded "
+                        f"({reason}). The model is a name that open_clip knows, or local-dir:PATH "
+                        f"with open_clip_config.json and weights; --pretrained is none, a file of "
+                        f"its state dict (and --quick_gelu for an OpenAI release), or a tag "
+                        f"({', '.join(tags) or 'it has none'}), which is downloaded once; or try "
+                        f"--demo.") from error
+    if random:
+        print(f"WARNING: {name} starts from RANDOM weights (--pretrained none)")
     if from_file and not quick_gelu and OPENAI_NAME.search(pretrained):
         print(f"WARNING: {pretrained} is named like an OpenAI release, which needs QuickGELU: add "
               f"--quick_gelu unless you know better")
@@ -541,6 +539,17 @@ def load_clip(args, seed):
         "model": name, "pretrained": pretrained, "weights": digest.hexdigest(),
         "quick_gelu": quick_gelu, "embed_dim": config["embed_dim"],
         "preprocess": model.visual.preprocess_cfg}
+
+
+def plain_attention(config):
+    """Return what lets open_clip build its own transformers' attention of plain matrix products.
+
+    They stay fast where they are frozen, and the keys of the state dict are the same.
+    """
+    vision, text, block = config["vision_cfg"], config["text_cfg"], {"block_type": "custom"}
+    native = "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int)
+    return ({"vision_cfg": block | vision} if native else {}) | (
+        {} if text.get("hf_model_name") else {"text_cfg": block | text})
 
 
 def find_blocks(encoder):
@@ -578,11 +587,15 @@ class Tower:
         # A causal text tower that pools at the end token reads nothing behind it.
         self.trims = (getattr(encoder, "attn_mask", None) is not None and encoder.cls_emb is None
                       and not encoder.use_pad_mask and encoder.pool_type in ("argmax", "eos"))
-        if self.trims:
-            encoder.transformer.register_forward_pre_hook(cut_mask, with_kwargs=True)
-        first = (getattr(encoder, "pool_type", "") == "tok"
-                 and getattr(encoder, "attn_pool", None) is None)
-        self.pools_early = (self.trims or first) and can_pool_early(last)
+        if self.trims:  # open_clip does not cut the mask to the length of the texts
+            encoder.transformer.register_forward_pre_hook(lambda _, args, kwargs: (args, {
+                "attn_mask": kwargs["attn_mask"][:args[0].shape[1], :args[0].shape[1]]}),
+                with_kwargs=True)
+        first_token = (getattr(encoder, "pool_type", "") == "tok"
+                       and getattr(encoder, "attn_pool", None) is None)
+        self.pools_early = (self.trims or first_token) and isinstance(
+            last, open_clip.transformer.CustomResidualAttentionBlock) and (
+            last.attn.logit_scale is None and last.attn.head_scale is None)
         if self.pools_early:
             last.forward = self.pooled_forward(last)
         convolves = any(isinstance(module, nn.Conv2d) for module in last.modules())
@@ -698,15 +711,6 @@ class Tower:
             if args.compile:
                 block.compile()
 
-    def describe(self, name):
-        """Return one line: how many blocks are frozen and how many parameters train."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.encoder.parameters()]
-        trained, total = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
-        depth = len(self.blocks) or "all as one"
-        frozen = {None: 0, "all": depth}.get(self.frozen, self.frozen)
-        return (f"{name} tower: {frozen} of {depth} blocks frozen, {trained / 1e6:.2f} M of "
-                f"{total / 1e6:.2f} M parameters train")
-
 
 def depends_on(y, parameters):
     """Return the set of parameters that y depends on."""
@@ -714,18 +718,6 @@ def depends_on(y, parameters):
         return set()
     grads = torch.autograd.grad(y.sum(), parameters, allow_unused=True)
     return {p for p, grad in zip(parameters, grads) if grad is not None}
-
-
-def can_pool_early(block):
-    """Return whether Tower.pooled_forward computes what a block does."""
-    return (isinstance(block, open_clip.transformer.CustomResidualAttentionBlock)
-            and block.attn.logit_scale is None and block.attn.head_scale is None)
-
-
-def cut_mask(_, args, kwargs):
-    """Cut the mask of a text transformer to the length of its texts, which open_clip does not."""
-    length = args[0].shape[1]
-    return args, {**kwargs, "attn_mask": kwargs["attn_mask"][:length, :length]}
 
 
 def recomputed(block):
@@ -1116,7 +1108,10 @@ def train_one_epoch(run, epoch):
         outputs.append((own[kept > 0], values[:, :int(kept.sum())]))
         if last:
             update(run, lr_factor((epoch - 1) * updates + i // accumulate, updates, args))
-    average_buffers(run)
+    for value in run.scorer.trained_state().values() if WORLD > 1 else ():
+        if not isinstance(value, nn.Parameter) and value.is_floating_point():
+            dist.all_reduce(value)  # running statistics: their mean over processes
+            value /= WORLD
     return epoch_summary(run, views, everywhere(outputs), list(loss))
 
 
@@ -1190,7 +1185,10 @@ def fit(run):
     if "best_epoch" not in progress:  # epoch 0 is a candidate for the best
         values = evaluate(run, "val")[1]
         progress |= {"best_epoch": 0, "best_score": selection_score(values, args.select_by)}
-        print_start(run, values)
+        floors = "; ".join(f"{name} {found['srocc_q']:.4f} / {found['srocc_c']:.4f}"
+                           for name, found in floor_metrics(run, "val").items())
+        print(f"epoch   0  before training: val SROCC_Q {values['srocc_q']:.4f}  SROCC_C "
+              f"{values['srocc_c']:.4f}   floors: {floors}")
         save_checkpoint(run, best=True)
     while progress["epoch"] < args.epochs and progress["waited"] < patience:
         began, epoch = time.perf_counter(), progress["epoch"] + 1
@@ -1234,16 +1232,13 @@ def set_up(args, table, seed):
     print_setup(args, table, parts, scorer, device)
     key = {**identity, "precision": args.precision, "device": device.type}
 
-    def texts_of(texts, what, keep=False):
-        ids = tokenize(tokenizer, texts, what)
-        return TextInputs(towers["text"], ids, key, args, device, keep)
-
+    texts_of = functools.partial(TextInputs, towers["text"], tokenizer, key, args, device)
     teacher = None
     if args.use_explanations:
-        teacher = texts_of(table.explanations, "explanations").embed().to(device)
-    antonyms = texts_of(["Good photo.", "Bad photo."], "antonyms").embed()
+        teacher = texts_of("explanations", table.explanations).embed().to(device)
+    antonyms = texts_of("antonyms", ["Good photo.", "Bad photo."]).embed()
     images = ImageInputs(scorer, table, key, args, device)
-    texts = texts_of(table.prompts, "prompts", keep=True)
+    texts = texts_of("prompts", table.prompts, keep=True)
     f, t = images.embed(), texts.embed()[table.frame["prompt_id"].to_numpy()]
     if not (f.isfinite().all() and t.isfinite().all()):
         raise UserError(f"The embeddings of {args.clip_model} must be finite, but are not in "
@@ -1317,7 +1312,7 @@ def run_command(args):
         with processes():
             row = predict(args) if args.predict else train(args)
             if row is not None:
-                print(json.dumps(plain(row)))
+                print(json_text(row, indent=None))
     except UserError as error:
         let_rank_0_speak()
         sys.stdout.flush()
@@ -1640,11 +1635,12 @@ class ImageInputs:
 class TextInputs:
     """What the text tower reads for U unique texts, cut where no text goes on.
 
-    ids: (U, T) of the tokenizer; keep: whether the boundary is cached, as Rows in `features`.
+    what: the texts are, for messages; keep: whether the boundary is cached, as Rows in `features`.
     """
 
-    def __init__(self, tower, ids, key, args, device, keep):
+    def __init__(self, tower, tokenizer, key, args, device, what, texts, keep=False):
         self.tower, self.args, self.device = tower, args, device
+        ids = tokenize(tokenizer, texts, what)
         self.ends = tower.ends(ids)
         self.ids, self.features = ids[:, :int(self.ends.max()) + 1], None
         self.key = {"identity": key, "ids": hashlib.sha256(ids.numpy()).hexdigest()}
@@ -1652,7 +1648,7 @@ class TextInputs:
             array = cached(args, "text", self.key | {"boundary": tower.frozen},
                            batches_of(len(ids), 64), lambda own: (
                                self.boundary(self.ids[rows].to(device))
-                               for rows in progress_bar(own, "text features", len(own))))
+                               for rows in progress_bar(own, what, len(own))))
             self.features = None if array is None else Rows(array, device, args)
 
     @torch.no_grad()
@@ -1751,11 +1747,6 @@ def fit_ridge(x, y, groups, folds=5):
     return weights[0], intercepts[0], unseen[best]
 
 
-def logit(p):
-    """Return the logit of scaled MOS, kept 0.01 away from 0 and 1."""
-    return torch.logit(p.clamp(0.01, 0.99))
-
-
 def fit_floors(f, t, antonyms, frame, train, args):
     """Fit what is reached without training; returns ({floor: {"q", "c"} of (N,)}, probe).
 
@@ -1768,7 +1759,7 @@ def fit_floors(f, t, antonyms, frame, train, args):
     s, mos = (f * t).sum(-1), frame.iloc[train]
     q, c = (torch.from_numpy(mos[target].to_numpy(np.float64)) for target in TARGETS)
     groups = np.unique(mos["prompt_id"], return_inverse=True)[1]
-    weights, intercept, unseen = fit_ridge(f[train], logit(q), groups)
+    weights, intercept, unseen = fit_ridge(f[train], torch.logit(q, 0.01), groups)
     pairs = torch.cat([f, t, f * t, s[:, None]], dim=1)
     weights_c, intercept_c, _ = fit_ridge(pairs[train], c, groups)
     floors = {"zero_shot": {"q": torch.softmax(100 * f @ antonyms.T, dim=-1)[:, 0], "c": s},
@@ -1795,7 +1786,7 @@ def calibrate(scorer, probe, s0, c, train):
     base.weight.copy_((weights / scorer.quality.input_scale)[None])
     base.bias.fill_(intercept)
     s0, c = s0[train].double(), torch.from_numpy(c[train]).double()
-    x, y = ((s0 + 1) / 2, c) if head.branch is None else (s0, logit(c))
+    x, y = ((s0 + 1) / 2, c) if head.branch is None else (s0, torch.logit(c, 0.01))
     ((a, e),), (b,) = ridge(torch.stack([x, unseen], dim=1), y, [1e-9])
     head.affine.copy_(torch.stack([a, b, e]))
 
@@ -1841,14 +1832,6 @@ def everywhere(outputs):
     """Return the (rows, (M, n) values) of all processes' steps, as numpy."""
     own = [(rows, values.float().cpu().numpy()) for rows, values in outputs]
     return list(itertools.chain(*gather(own)))
-
-
-def average_buffers(run):
-    """Take the mean of running statistics (BatchNorm's) that training has moved over processes."""
-    for value in run.scorer.trained_state().values() if WORLD > 1 else ():
-        if not isinstance(value, nn.Parameter) and value.is_floating_point():
-            dist.all_reduce(value)
-            value /= WORLD
 
 
 def pick_device(args):
@@ -2097,7 +2080,12 @@ def print_setup(args, table, parts, scorer, device):
         print("WARNING: --split_by image leaks: the same prompts are in training and validation; "
               "compare with the prompt-mean floor, which sees no pixels")
     for name, tower in scorer.towers.items():
-        print(tower.describe(name))
+        sizes = [(p.numel(), p.requires_grad) for p in tower.encoder.parameters()]
+        trained, total = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+        depth = len(tower.blocks) or "all as one"
+        frozen = {None: 0, "all": depth}.get(tower.frozen, tower.frozen)
+        print(f"{name} tower: {frozen} of {depth} blocks frozen, {trained / 1e6:.2f} M of "
+              f"{total / 1e6:.2f} M parameters train")
     heads = sum(p.numel() for n, p in scorer.named_parameters() if not n.startswith("clip."))
     print(f"heads: {heads / 1e6:.2f} M parameters; device {device}, {args.precision}, lr "
           f"{args.lr:g} (heads {head_lr(args):g})")
@@ -2108,14 +2096,6 @@ def print_setup(args, table, parts, scorer, device):
     if (args.use_two_branch or args.use_refinement) and not args.no_residual_learning:
         print("WARNING: --use_two_branch and --use_refinement together with residual learning are "
               "not recommended by the reference card; they work")
-
-
-def print_start(run, values):
-    """Print the line of epoch 0: validation SROCC before the first update, and the floors'."""
-    floors = "; ".join(f"{name} {found['srocc_q']:.4f} / {found['srocc_c']:.4f}"
-                       for name, found in floor_metrics(run, "val").items())
-    print(f"epoch   0  before training: val SROCC_Q {values['srocc_q']:.4f}  SROCC_C "
-          f"{values['srocc_c']:.4f}   floors: {floors}")
 
 
 def print_epoch(row, rate, better):
@@ -2241,7 +2221,7 @@ def keep_records(run, preds, row):
         write_report(run, preds[row["part"]], row, before + found)
     if args.tensorboard:
         write_tensorboard(run)
-    write_json(folder / "result.json", row)
+    save_text(folder / "result.json", json_text(row))
 
 
 def add_scores(table, pred, scales):
@@ -2252,18 +2232,15 @@ def add_scores(table, pred, scales):
                            for name, key in names.items()})
 
 
-def plain(value):
-    """Return the value with NaN and infinities as None: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path, content):
-    """Write JSON; what is not a number becomes null."""
-    save_text(path, json.dumps(plain(content), indent=1) + "\n")
+def json_text(value, indent=1):
+    """Return JSON; NaN and infinities, which it does not have, become null."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(plain(value), indent=indent)
 
 
 def append_run(args, row):
@@ -2279,14 +2256,14 @@ def write_config(run):
     args, table, folder = run.args, run.table, Path(run.args.output_dir)
     git = shutil.which("git") and subprocess.run(
         ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    write_json(folder / "config.json", {
+    save_text(folder / "config.json", json_text({
         "arguments": {k: v for k, v in vars(args).items() if k != "explicit"}, "seed": run.seed,
         "fingerprint": fingerprint(args, table), "identity": run.identity,
         "label_scales": table.scales, "split": split_hash(run),
         "images": {part: len(rows) for part, rows in run.parts.items()},
         "versions": {"python": sys.version.split()[0]} | {
             module.__name__: module.__version__ for module in (torch, open_clip, pd, np, scipy)},
-        "commit": git.stdout.strip() or None if git else None})
+        "commit": git.stdout.strip() or None if git else None}))
     if args.skip_bad_images:
         save_text(folder / "skipped.csv", table.skipped.to_csv(index=False))
 
@@ -2353,7 +2330,7 @@ def train_repeats(args, table):
                    f"{name}_high": mean[name] + half[name]}
     print(f"\n{result['part']} of {len(rows)} splits, mean +- SD\n{score_table(rows).to_string()}")
     print("\n".join(verdict(result)))
-    write_json(Path(args.output_dir, "result.json"), result)
+    save_text(Path(args.output_dir, "result.json"), json_text(result))
     return result
 
 
@@ -2657,9 +2634,10 @@ def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
     Rows of unreadable images, and consistency where there is no prompt, are NaN.
     """
     index, unique = pd.factorize(np.array(prompts, dtype=object))
-    ids = tokenize(tokenizer, list(unique), "prompts")
-    t, t0 = (TextInputs(towers["text"], ids, identity, args, device, keep=False).embed().to(device)
-             for towers in (scorer.towers, scorer.before))
+    texts = TextInputs(scorer.towers["text"], tokenizer, identity, args, device, "prompts",
+                       list(unique))
+    t, texts.tower = texts.embed().to(device), scorer.before["text"]
+    t0 = texts.embed().to(device)
     own, outputs, errors = batches_of(len(paths), args.batch_size)[RANK::WORLD], [], {}
     stream = ahead(Decoder(paths, identity["preprocess"]), own, args.num_workers)
     for rows, (images, bad) in progress_bar(zip(own, stream), "score", len(own)):
@@ -2691,7 +2669,15 @@ def predict(args):
         args.cache, device = "off", pick_device(args)
         scorer = load_scorer(args, content, device)
         pred, errors = score_images(*scorer, paths, prompts, args, device)
-        print_metrics(frame, pred, content["scales"], saved)
+        for t, column in (("q", saved.quality_column), ("c", saved.consistency_column)):
+            scores = frame[column] if column in frame else pd.Series(index=frame.index, dtype=float)
+            mos = pd.to_numeric(scores, errors="coerce") / content["scales"][t]
+            good = np.isfinite(mos) & np.isfinite(pred[t])
+            if good.any():
+                found = metrics(*(dict.fromkeys(TARGETS, side[good]) for side in (pred[t], mos)))
+                print(f"{TITLES[t]}: " + ", ".join(
+                    f"{name.upper()} {found[f'{name}_{t}']:.4f}" for name in METRICS)
+                    + f" on {good.sum()} images")
         for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
             free = (name + "_input" * k for k in itertools.count(1))
             frame = frame.rename(columns={name: next(n for n in free if n not in frame)})
@@ -2712,19 +2698,6 @@ def predict(args):
     gather(None)
     if errors:
         raise SystemExit(RANK == 0)  # one status is enough: torchrun ends the others by it
-
-
-def print_metrics(frame, pred, scales, saved):
-    """Print the metrics of the targets whose human scores the input has."""
-    for t, column in (("q", saved.quality_column), ("c", saved.consistency_column)):
-        if column in frame:
-            mos = pd.to_numeric(frame[column], errors="coerce") / scales[t]
-            good = np.isfinite(mos) & np.isfinite(pred[t])
-            sides = [dict.fromkeys(TARGETS, side[good]) for side in (pred[t], mos)]
-            if good.any():
-                print(f"{TITLES[t]}: " + ", ".join(
-                    f"{name.upper()} {metrics(*sides)[f'{name}_{t}']:.4f}" for name in METRICS)
-                    + f" on {good.sum()} images")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def parse_args():
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES),
                         help="what to time")
-    parser.add_argument("--num_workers", type=int, default=2, help="decoding processes")
+    parser.add_argument("--num_workers", type=int, default=2, help="decoding threads, of (b) processes")
     parser.add_argument("--whole", action="store_true",
                         help="also time whole commands: --freeze_clip --epochs 10, cold and again")
     parser.add_argument("--growth", type=int, nargs="*", default=[],
@@ -93,17 +93,16 @@ class PlainImages(torch.utils.data.Dataset):
     """Decode, preprocess and tokenise one image at a time, in every epoch."""
 
     def __init__(self, run, part, preprocess, tokens):
-        self.table, self.rows = run.table, run.parts[part]
+        self.frame = run.table.frame.iloc[run.parts[part]]
         self.preprocess, self.tokens = preprocess, tokens
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.frame)
 
     def __getitem__(self, i):
-        row = self.rows[i]
-        image = self.preprocess(Image.open(self.table.paths[row]).convert("RGB"))
-        return (image, self.tokens[self.table.prompt_id[row]], self.table.quality[row],
-                self.table.consistency[row])
+        row = self.frame.iloc[i]
+        image = self.preprocess(Image.open(row["path"]).convert("RGB"))
+        return image, self.tokens[row["prompt_id"]], row["q"], row["c"]
 
 
 class PlainLoop:
@@ -113,11 +112,12 @@ class PlainLoop:
         self.run, self.options, self.device = run, options, run.device
         with baseline.quiet_library():  # it says of every model that it is random
             self.clip, _, preprocess = open_clip.create_model_and_transforms(options.clip_model)
-        state = {name.removeprefix("clip."): value for name, value in
-                 run.scorer.state_dict().items() if name.startswith("clip.")}
+        # open_clip's default CLIP holds the text tower's entries as its own.
+        state = {name.removeprefix("text."): value for name, value in
+                 run.scorer.clip.state_dict().items()}
         self.clip.load_state_dict(state)
         self.clip.to(self.device)
-        frozen = {name.removeprefix("clip.") for name, p in run.scorer.named_parameters()
+        frozen = {name.removeprefix("text.") for name, p in run.scorer.clip.named_parameters()
                   if not p.requires_grad}
         for name, parameter in self.clip.named_parameters():
             parameter.requires_grad_(name not in frozen)
@@ -164,13 +164,13 @@ class Limit:
     """Forward, backward and update of only what trains, on resident tensors (see c)."""
 
     def __init__(self, run):
-        self.run = run
-        self.views = baseline.epoch_views(run.parts["train"], run.args, run.seed, 1)
-        self.batches = []
-        for view, x in zip(self.views, run.images.stream(self.views)):
-            text = run.texts.fetch(run.table.prompt_id[view.rows])
-            inputs = x.clone(), *text, run.cosines[torch.from_numpy(view.rows)]
-            self.batches.append((inputs, baseline.add_targets(run, view, view.rows)))
+        self.run, self.batches = run, []
+        views = epoch_batches(run)
+        for batch, x in zip(views, run.images.stream(views)):
+            rows = torch.from_numpy(batch.row)
+            text = run.texts.read(run.table.frame["prompt_id"].to_numpy()[batch.row])
+            self.batches.append(((x.clone(), *text, run.s0[rows]),
+                                 {target: run.mos[target][rows] for target in baseline.TARGETS}))
 
     def epoch(self):
         """Run one epoch's batches."""
@@ -179,9 +179,16 @@ class Limit:
         for inputs, batch in self.batches:
             with baseline.autocast(run.args, run.device):
                 out = run.scorer(*inputs)
-            baseline.losses(out, batch, run.args)[1].backward()
+            loss = baseline.losses(out, batch)
+            (loss["q"].mean() + loss["c"].mean()).backward()
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
+
+
+def epoch_batches(run):
+    """Return the batches of views of an epoch of one process."""
+    views = baseline.plan_views(run.parts["train"], run.args, run.seed, 1)
+    return [batch for batch, _ in baseline.deal(views, run.args.batch_size)]
 
 
 def block_flops(tokens, width, one_token=False):
@@ -197,21 +204,17 @@ def trained_flops(run):
     Blocks that train cost three forwards; a frozen prefix costs nothing when it is cached.
     """
     total = 0
-    views = baseline.epoch_views(run.parts["train"], run.args, run.seed, 1)
     image, text = run.scorer.towers["image"], run.scorer.towers["text"]
-    visual = image.module
-    tokens = visual.positional_embedding.shape[0]
-    for view in views:
-        unique = np.unique(run.table.prompt_id[view.rows])
-        length = run.texts.cut(torch.from_numpy(unique))
-        for tower, count, n, width in (
-                (image, len(view.rows), tokens, visual.transformer.width),
-                (text, len(unique), length, text.module.transformer.width)):
+    tokens = image.encoder.positional_embedding.shape[0]
+    for batch in epoch_batches(run):
+        unique = np.unique(run.table.frame["prompt_id"].to_numpy()[batch.row])
+        length = int(run.texts.ends[unique].max()) + 1
+        for tower, count, n in ((image, len(batch), tokens), (text, len(unique), length)):
             if tower.frozen == "all":
                 continue
-            first = tower.frozen or 0
-            own = sum(block_flops(n, width, one_token=i == tower.depth - 1)
-                      for i in range(first, tower.depth))
+            depth = len(tower.blocks)
+            own = sum(block_flops(n, tower.encoder.transformer.width, one_token=i == depth - 1)
+                      for i in range(tower.frozen or 0, depth))
             total += 3 * count * own
     return total
 
@@ -274,7 +277,7 @@ def peak_mb():
 
 def in_process(function, *args):
     """Return what a function returns in a new process of its own."""
-    # Its own children, the decoding workers, are forked: those of (b) start anew in every epoch.
+    # Its own children, the decoding workers of (b), are forked: they start anew in every epoch.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"),
                              multiprocessing.set_start_method, ("fork", True)) as pool:
         return pool.submit(function, *args).result()
@@ -363,14 +366,14 @@ def measure_growth(options, csv, folder):
     seconds = timed(lambda: baseline.train_one_epoch(run, 2))
     anonymous, mapped, peak = memory_mb()
     size = run.images.features.rows.nbytes / 1e6
-    print(f"| {len(run.table.paths)} | {seconds:.2f} | {size:.0f} | {anonymous:.0f} | "
+    print(f"| {len(run.table.frame)} | {seconds:.2f} | {size:.0f} | {anonymous:.0f} | "
           f"{mapped:.0f} | {peak:.0f} |", flush=True)
 
 
 def main():
     """Print the tables."""
     options = parse_args()
-    device = baseline.pick_device()
+    device = baseline.pick_device(options)
     rate = gemm_rate(options.precision, device)
     print(f"{options.clip_model}, {options.precision}, batch {options.batch_size}, "
           f"{device}, {torch.get_num_threads()} threads, best matrix product "
