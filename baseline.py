@@ -409,9 +409,9 @@ def load_table(args):
             (f"{columns[own]} below 0", finite & (mos < 0), "shift the scores to start at 0"),
             (f"{columns[own]} above the label scale {scales[target]:g}",
              finite & (mos > scales[target]), f"give the top of your scale with --{flag}")]
-    lines = [f"\n  - {what}: {bad.sum()} row{'s' * (bad.sum() > 1)} "
-             f"({', '.join(map(str, frame.index[bad][:5]))}{', ..' * (bad.sum() > 5)}); {remedy}"
-             for what, bad, remedy in problems if bad.any()]
+    found = [(what, [*map(str, frame.index[bad])], remedy) for what, bad, remedy in problems]
+    lines = [f"\n  - {what}: {len(rows)} row{'s' * (len(rows) > 1)} ({', '.join(rows[:5])}"
+             f"{', ..' * (len(rows) > 5)}); {remedy}" for what, rows, remedy in found if rows]
     if lines:
         raise UserError(f"{path} cannot be used, the header being row 1:" + "".join(lines))
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
@@ -1281,6 +1281,7 @@ def train_one_run(args, table, seed, content=None):
 
 def train(args):
     """Train as the arguments say; returns the row of results that is also printed as JSON."""
+    pick_device(args)
     content = load_checkpoint(args.resume_from) if args.resume_from else None
     if content:
         take_over_settings(args, content)
@@ -1976,7 +1977,6 @@ def take_over_settings(args, content):
     processes the images per update stay: other steps per update if that is enough, else batches.
     """
     saved, path = content["args"], args.resume_from
-    pick_device(args)
     window = content["processes"] * saved["batch_size"] * saved["grad_accum_steps"]
     if window % (saved["batch_size"] * WORLD) == 0:
         saved["grad_accum_steps"] = window // (saved["batch_size"] * WORLD)
@@ -2366,29 +2366,17 @@ def settings_advice(args, images, depth):
     return [(what, why, flags) for what, fires, why, flags in rows if fires and not args.demo]
 
 
-def less_capacity(args, depth):
-    """Return the card's flags against overfitting, none of which raises the capacity."""
-    flags = f"--dropout {max(0.2, args.dropout):g} --weight_decay {max(5e-4, args.weight_decay):g}"
-    if not args.no_residual_learning:
-        flags += (f" --residual_scale_q {min(0.15, args.residual_scale_q):g}"
-                  f" --residual_scale_c {min(0.15, args.residual_scale_c):g}")
-    if args.freeze_clip:
-        return f"{flags} --epochs {max(1, args.epochs // 2)}"
-    frozen = max(args.freeze_layers * args.partial_freeze, round(depth * 20 / 24), 1)
-    flags += f" --lr {args.lr / 3 if args.demo else min(1e-5, args.lr):.2g}"
-    return flags + f" --partial_freeze --freeze_layers {frozen}" * (depth > 0)
+def remedy(args, up, down):
+    """Return the flags that raise settings to at least, and lower others to at most, some values.
 
-
-def more_capacity(args, depth):
-    """Return the card's flags against underfitting, none of which lowers the capacity."""
-    lr = min(5e-3, args.lr * 2) if args.freeze_clip else max(5e-5, args.lr)
-    flags = (f"--dropout {min(0.05, args.dropout):g} --weight_decay "
-             f"{min(1e-5, args.weight_decay):g} --lr {max(lr, args.lr):g}")
-    if not args.no_residual_learning:
-        flags += (f" --residual_scale_q {max(0.3, args.residual_scale_q):g}"
-                  f" --residual_scale_c {max(0.3, args.residual_scale_c):g}")
-    frozen = max(1, min(args.freeze_layers, round(depth * 16 / 24)))
-    return flags + f" --freeze_layers {frozen}" * args.partial_freeze
+    up, down: {flag: value}. What the run has already is left out, and residuals that it lacks.
+    """
+    now = vars(args) | {"max_grad_norm": args.max_grad_norm or math.inf, "head_lr": head_lr(args),
+                        "freeze_layers": args.freeze_layers * args.partial_freeze}
+    new = {name: max(now[name], value) for name, value in up.items()}
+    new |= {name: min(now[name], value) for name, value in down.items()}
+    return " ".join(f"--{name} {value:g}" for name, value in new.items() if value != now[name]
+                    and not (args.no_residual_learning and name.startswith("residual")))
 
 
 def training_advice(args, log, row, depth):
@@ -2398,35 +2386,43 @@ def training_advice(args, log, row, depth):
     """
     last, best = log[-1], row["best_epoch"]
     gaps, weak = (row["gap_q"], row["gap_c"]), [row[f"tier_{t}"] == "needs work" for t in TARGETS]
-    low = [row[f"val_srocc_{t}"] <= TIERS[t][-1][1] for t in TARGETS]  # the gap is no low score
     fitted = max(last[f"train_srocc_{t}"] - last[f"val_srocc_{t}"] for t in TARGETS)
     rise, epoch = max(((b["train_loss"] / a["train_loss"], b["epoch"])
                        for a, b in zip(log, log[1:])), default=(0, 0))
     over = max(gaps) > 0.05 or (fitted > 0.1 and best < last["epoch"] / 2)
     gap = f"Train-Val Gap Q {gaps[0]:+.3f}, C {gaps[1]:+.3f}"
     scores = ", C ".join(f"{row[f'val_srocc_{t}']:.3f} ({row[f'tier_{t}']})" for t in TARGETS)
+    small, large = ({"residual_scale_q": scale, "residual_scale_c": scale} for scale in (0.15, 0.3))
+    third, frozen, partial = float(f"{args.lr / 3:.2g}"), args.freeze_clip, args.partial_freeze
+    less = {"epochs": max(1, args.epochs // 2)} if frozen else {"lr": third if args.demo else 1e-5}
+    blocks = {"freeze_layers": max(1, round(depth * 20 / 24))} if depth and not frozen else {}
+    fewer = {"freeze_layers": max(1, round(depth * 16 / 24))} if partial else {}
     rows = [
         ("overfitting", over, f"{gap} (above 0.05 needs work); best epoch {best} of "
          f"{last['epoch']}, in the last one training SROCC is {fitted:+.3f} from validation",
-         less_capacity(args, depth)),
+         remedy(args, {"dropout": 0.2, "weight_decay": 5e-4} | blocks, small | less)
+         + " --partial_freeze" * bool(blocks and not partial)),
         ("underfitting", not over and all(weak) and max(gaps) < 0.02 and best == last["epoch"],
          f"validation SROCC Q {scores} still rise in the last epoch, {gap}",
-         more_capacity(args, depth)),
+         remedy(args, large | {"lr": min(5e-3, args.lr * 2) if frozen else 5e-5},
+                {"dropout": 0.05, "weight_decay": 1e-5} | fewer)),
         ("unstable loss", rise > 1.2, f"training loss rose {rise:.1f}-fold in epoch {epoch}",
-         f"--warmup_ratio 0.1 --max_grad_norm 0.5 --lr {args.lr / 3:.2g} --batch_size 16"),
-        ("low SROCC_C only", low[1] and not weak[0], f"validation SROCC Q {scores}",
-         "--w_q 0.3 --w_c 0.7 --residual_scale_c 0.3"),
-        ("low SROCC_Q only", low[0] and not weak[1], f"validation SROCC Q {scores}",
-         "--w_q 0.7 --w_c 0.3 --residual_scale_q 0.3")]
+         remedy(args, {"warmup_ratio": 0.1},
+                {"max_grad_norm": 0.5, "lr": third, "batch_size": 16}))]
+    for t, other, i in (("c", "q", 1), ("q", "c", 0)):
+        low = row[f"val_srocc_{t}"] <= TIERS[t][-1][1]  # the gap alone is no low score
+        rows += [(f"low SROCC_{t.upper()} only", low and not weak[1 - i],
+                  f"validation SROCC Q {scores}", remedy(
+                      args, {f"w_{t}": 0.7, f"residual_scale_{t}": 0.3}, {f"w_{other}": 0.3}))]
     for t in TARGETS if not args.no_residual_learning else ():
         scale, largest = getattr(args, f"residual_scale_{t}"), row[f"largest_delta_{t}"]
         rows += [
             (f"{TITLES[t]} residual saturated", row[f"saturated_{t}"] > 0.05,
              f"{row[f'saturated_{t}']:.0%} of |delta| are above {SATURATED:g} of its bound "
-             f"{scale:g}", f"--residual_scale_{t} {min(0.5, scale * 1.5):.3g}"),
+             f"{scale:g}", remedy(args, {f"residual_scale_{t}": min(0.5, scale * 1.5)}, {})),
             (f"{TITLES[t]} residual unused", best > 0 and largest < 0.05,
              f"the largest |delta| is {largest:.3f} of its bound",
-             f"--head_lr {head_lr(args) * 3:.2g}")]
+             remedy(args, {"head_lr": head_lr(args) * 3}, {}))]
     return [(what, why, flags) for what, fires, why, flags in rows if fires]
 
 
@@ -2459,19 +2455,19 @@ def picture(path, rows, columns, size):
         pyplot.close(figure)
 
 
-def draw_curves(log, row, path):
-    """Draw losses and both SROCCs per epoch, with the best epoch and the floors."""
+def draw_curves(log, best_epoch, floors, path):
+    """Draw losses and both SROCCs per epoch, with the best epoch and validation's floors."""
     log = pd.DataFrame(log)
     with picture(path, 1, 3, (14, 4.2)) as axes:
         for axis, name in zip(axes[0], ("loss", "srocc_q", "srocc_c")):
             log.plot("epoch", [f"train_{name}", f"val_{name}"], style=[".--", ".-"], ax=axis,
                      color=COLOURS[name[-1]], title=name.upper(), grid=True)
-            for floor, line in (("linear_probe", ":"), ("zero_shot", "-.")):
-                if (value := row.get(f"{floor}_{name}")) is not None:
-                    axis.axhline(value, linestyle=line, color=COLOURS["s"],
-                                 label=f"{FLOORS[floor]} {value:.3f}")
-            axis.axvline(row["best_epoch"], color="black", linewidth=0.8, alpha=0.5,
-                         label=f"best epoch {row['best_epoch']}")
+            for (floor, found), line in zip(floors.items(), ("-.", ":", "--")):
+                if name in found:
+                    axis.axhline(found[name], linestyle=line, color=COLOURS["s"],
+                                 label=f"{FLOORS[floor]} {found[name]:.3f}")
+            axis.axvline(best_epoch, color="black", linewidth=0.8, alpha=0.5,
+                         label=f"best epoch {best_epoch}")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.legend(fontsize=8)
 
@@ -2526,7 +2522,8 @@ def write_report(run, pred, row, found):
     """Write curves.png, scatter.png, worst.png and report.html, which holds them all."""
     args, folder, scales = run.args, Path(run.args.output_dir), run.table.scales
     frame, pictures = run.table.frame.iloc[run.parts[row["part"]]], ""
-    draw_curves(run.progress["log"], row, folder / "curves.png")
+    draw_curves(run.progress["log"], row["best_epoch"], floor_metrics(run, "val"),
+                folder / "curves.png")
     draw_scatter(pred, frame, scales, row, folder / "scatter.png")
     draw_worst(pred, frame, scales, folder / "worst.png")
     for name, title in (("curves", "Training"), ("scatter", "Predicted and human MOS"),

@@ -85,7 +85,7 @@ def chapter(name):
 
 
 def table(text):
-    """Return the body rows of the one table in text, as lists of cells."""
+    """Return the rows of the one table in text, its head first, as lists of cells."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) > 2 and re.fullmatch(r"[| -]+", lines[1]), f"no table in:\n{text}"
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
@@ -139,17 +139,12 @@ def parse(argv):
 
 
 def given(argv):
-    """Return {dest: value} of the flags that a command names."""
-    assert parse(argv) is not None
-    return baseline.explicit_values(baseline.build_parser(), argv)
+    """Return {flag: value} of the flags that a command names."""
+    values = parse(argv)
+    return {word[2:]: values[word[2:]] for word in argv if word.startswith("--")}
 
 
 # --- reading the parser ---------------------------------------------------------------------
-
-
-def names(action):
-    """Return the spellings of a flag (or the name of a positional argument)."""
-    return list(action.option_strings) or [action.dest]
 
 
 def groups():
@@ -172,55 +167,45 @@ def is_numeric(action):
     return action.type is not None and not accepts(action, "word")
 
 
-FLAGS = {name: action for actions in groups().values() for action in actions
-         for name in action.option_strings}
+def flag_tables():
+    """Return {group title: text} of the card's flag tables."""
+    return sections(chapter("Every flag"), 3)
 
 
-def flag_rows():
-    """Return {first spelling: row} of all flag tables of the card."""
-    rows = [row for text in sections(chapter("Every flag"), 3).values() for row in body(text)]
-    return {quoted(row[0])[0]: row for row in rows}
-
-
-def row_of(action):
-    """Return the card's row of a flag."""
-    row = flag_rows().get(names(action)[0])
-    assert row, f"{names(action)[0]} is missing on the card"
-    return row
-
-
-def actions_with_ids():
-    """Return every flag as a pytest parameter."""
-    return [pytest.param(action, id=names(action)[-1])
-            for actions in groups().values() for action in actions]
+ROWS = {quoted(row[0])[0]: row for text in flag_tables().values() for row in body(text)}
+each_flag = pytest.mark.parametrize("action", [
+    pytest.param(action, id=action.option_strings[-1])
+    for actions in groups().values() for action in actions])
 
 
 # --- every flag -----------------------------------------------------------------------------
 
 
 def test_groups_and_flags_stand_in_the_parsers_order():
-    card = {title: [quoted(row[0]) for row in body(text)]
-            for title, text in sections(chapter("Every flag"), 3).items()}
-    parser = {title: [names(action) for action in actions] for title, actions in groups().items()}
+    """The card has the parser's groups and flags, in its order, in tables of one layout."""
+    card = {title: [quoted(row[0]) for row in body(text)] for title, text in flag_tables().items()}
+    parser = {title: [action.option_strings for action in actions]
+              for title, actions in groups().items()}
     assert list(card) == list(parser)
     assert card == parser
-
-
-def test_flag_tables_have_one_layout():
-    for text in sections(chapter("Every flag"), 3).values():
+    for text in flag_tables().values():
         head = [english(cell) for cell in table(text)[0]]
         assert head == ["flag", "default", "range", "meaning"]
 
 
 def test_no_page_of_ours_names_an_unknown_flag():
+    """Card and guide name no flag that the program has not."""
+    known = {name for actions in groups().values() for action in actions
+             for name in action.option_strings}
     for page in (CARD, GUIDE):
         used = set(re.findall(r"(?<![\w-])--[A-Za-z]\w*", page.read_text(encoding="utf-8")))
-        assert used and used <= set(FLAGS), f"{page.name}: {sorted(used - set(FLAGS))}"
+        assert used and used <= known, f"{page.name}: {sorted(used - known)}"
 
 
-@pytest.mark.parametrize("action", actions_with_ids())
+@each_flag
 def test_default_is_the_parsers(action):
-    cell = row_of(action)[1]
+    """The default on the card is the parser's."""
+    cell = ROWS[action.option_strings[0]][1]
     if action.nargs == 0:
         expected = "on" if action.const is not None and action.default == action.const else "off"
         assert cell == f"`{expected}`"
@@ -256,9 +241,10 @@ def check_limit(action, spec):
     assert beyond is None or not accepts(action, f"{beyond:g}"), spec
 
 
-@pytest.mark.parametrize("action", actions_with_ids())
+@each_flag
 def test_range_is_what_the_program_accepts_and_holds_the_default(action):
-    cell = row_of(action)[2]
+    """The range on the card is accepted, its limits are the parser's, the default is inside."""
+    cell = ROWS[action.option_strings[0]][2]
     if action.nargs == 0:
         assert cell == NOT_SET
     elif action.choices:
@@ -282,28 +268,26 @@ def test_range_is_what_the_program_accepts_and_holds_the_default(action):
         assert " / " in cell, f"say in both languages what the value is, not {cell!r}"
 
 
-@pytest.mark.parametrize("action", actions_with_ids())
+@each_flag
 def test_meaning_is_in_both_languages(action):
-    chinese, _, english_half = row_of(action)[3].partition(" / ")
+    """Each meaning is Chinese, then English."""
+    chinese, _, english_half = ROWS[action.option_strings[0]][3].partition(" / ")
     assert re.search("[\u4e00-\u9fff]", chinese)
     assert re.search("[A-Za-z]", english_half)
     assert not re.search("[\u4e00-\u9fff]", english_half)
 
 
-@pytest.mark.parametrize("flag", RANGES)
-def test_recommended_range(flag):
-    assert quoted(flag_rows()[flag][2]) == RANGES[flag]
-
-
-def test_every_other_range_is_no_recommendation():
-    advised = {flag for flag, row in flag_rows().items() if ".." in row[2]}
-    assert advised == set(RANGES)
+def test_recommended_ranges():
+    """The card recommends these ranges and no others."""
+    assert {flag for flag, row in ROWS.items() if ".." in row[2]} == set(RANGES)
+    assert {flag: quoted(ROWS[flag][2]) for flag in RANGES} == RANGES
 
 
 # --- presets, diagnoses, flow ---------------------------------------------------------------
 
 
 def test_every_preset_is_on_the_card_with_its_purpose():
+    """Each preset has a heading that says what it is for."""
     titles = [line for line in chapter("Presets").splitlines() if line.startswith("### ")]
     assert {title.split()[1]: english(title) for title in titles} == PURPOSES
     assert list(PURPOSES) == sorted(baseline.PRESETS)
@@ -311,56 +295,58 @@ def test_every_preset_is_on_the_card_with_its_purpose():
 
 @pytest.mark.parametrize("preset", sorted(baseline.PRESETS))
 def test_full_command_equals_the_preset(preset):
+    """The two commands of a preset give the same run."""
     parts = re.split(r"^### (\w) .*$", chapter("Presets"), flags=re.M)[1:]
     short, full = commands(dict(zip(parts[::2], parts[1::2], strict=True))[preset])
     assert short == ["--preset", preset]
     assert given(full) == baseline.PRESETS[preset]
-    expected, stated = parse(short), parse(full)
-    assert expected.pop("preset") == preset and stated.pop("preset") is None
+    expected, stated = ({name: value for name, value in parse(argv).items()
+                         if name not in ("preset", "command")} for argv in (short, full))
     assert stated == expected
 
 
 def test_presets_stay_inside_the_recommended_ranges():
-    for values in baseline.PRESETS.values():
-        for dest, value in values.items():
-            if f"--{dest}" in RANGES:
-                assert any(contains(spec, value) for spec in RANGES[f"--{dest}"]), (dest, value)
+    """No preset leaves a range that the card recommends."""
+    checked = [any(contains(spec, value) for spec in RANGES[f"--{flag}"])
+               for values in baseline.PRESETS.values() for flag, value in values.items()
+               if f"--{flag}" in RANGES]
+    assert len(checked) > 30 and all(checked)
 
 
 def test_the_five_parameters_that_matter_most():
-    rows = body(chapter("The five that matter most"))
-    assert [(quoted(row[0]), row[1]) for row in rows] == [([k], v) for k, v in EFFECTS.items()]
-
-
-def test_effects_are_called_rules_of_thumb():
-    text = " ".join(chapter("The five that matter most").split())
+    """The five flags have their effects, which are called rules of thumb."""
+    text = chapter("The five that matter most")
+    assert [(quoted(row[0]), row[1]) for row in body(text)] == [
+        ([flag], effect) for flag, effect in EFFECTS.items()]
+    text = " ".join(text.split())
     assert "rules of thumb" in text and "this repository has not measured them" in text
 
 
 def test_diagnoses():
+    """Each diagnosis has its remedies, in order."""
     found = {title: [given(shlex.split(quoted(row[0])[0])) for row in body(text)]
              for title, text in sections(chapter("Diagnosis"), 3).items()}
     assert found == DIAGNOSES
 
 
-def test_flow_of_the_card():
-    found = {title: [given(argv) for argv in commands(text)]
-             for title, text in sections(chapter("Tuning in five stages"), 3).items()}
+def test_flow_of_card_and_guide():
+    """Both have the five stages, with the same commands."""
+    text = chapter("Tuning in five stages")
+    found = {title: [given(argv) for argv in commands(stage)]
+             for title, stage in sections(text, 3).items()}
     assert found == FLOW
-
-
-def test_guide_has_the_flow_of_the_card():
-    card = commands(chapter("Tuning in five stages"))
-    guide = commands(sections(GUIDE.read_text(encoding="utf-8"), 2)["The five stages"])
-    assert guide == card
+    guide = sections(GUIDE.read_text(encoding="utf-8"), 2)["The five stages"]
+    assert commands(guide) == commands(text)
 
 
 def test_guide_explains_every_column_of_the_log():
+    """The guide's table has the log's columns, in the log's order."""
     rows = body(sections(GUIDE.read_text(encoding="utf-8"), 2)["Read a run"])
     assert [name for row in rows for name in quoted(row[0])] == list(baseline.LOG_COLUMNS)
 
 
 def test_rules_of_thumb():
+    """The three tables of rules hold these values."""
     found = {title: [[cell.rsplit(" / ", 1)[-1].split(" (")[0] if i == 0 else quoted(cell)[0]
                       for i, cell in enumerate(row)] for row in body(text)]
              for title, text in sections(chapter("Rules of thumb"), 3).items()}
@@ -370,60 +356,43 @@ def test_rules_of_thumb():
 # --- tiers, commands, links -----------------------------------------------------------------
 
 
-def tier_rows():
-    """Return the rows of the tier table that baseline.TIERS stands for."""
-    columns = [[edge for _, edge, _ in baseline.TIERS["q"]],
-               [edge for _, edge, _ in baseline.TIERS["c"]],
-               [gap for _, _, gap in baseline.TIERS["q"]]]
-    cells = []
-    for edges, best, worst in zip(columns, ">><", "<<>", strict=True):
-        between = [f"{min(a, b):.2f}-{max(a, b):.2f}" for a, b in zip(edges, edges[1:])]
-        cells.append([f"{best}{edges[0]:.2f}", *between, f"{worst}{edges[-1]:.2f}"])
-    titles = [name for name, _, _ in baseline.TIERS["q"]] + ["needs work"]
-    return [list(row) for row in zip(titles, *cells, strict=True)]
+TIERS = [["excellent", ">0.90", ">0.88", "<0.02"], ["good", "0.87-0.90", "0.85-0.88", "0.02-0.03"],
+         ["fair", "0.85-0.87", "0.82-0.85", "0.03-0.05"], ["needs work", "<0.85", "<0.82", ">0.05"]]
 
 
-@pytest.mark.parametrize("page, title", [(CARD, "Target tiers"), (GUIDE, "Tiers")],
-                         ids=["card", "guide"])
-def test_tiers_are_the_programs(page, title):
-    rows = body(sections(page.read_text(encoding="utf-8"), 2)[title])
-    assert [[row[0].rsplit(" / ", 1)[-1], *row[1:]] for row in rows] == tier_rows()
-
-
-def test_tiers_are_the_targets():
-    assert tier_rows() == [["excellent", ">0.90", ">0.88", "<0.02"],
-                           ["good", "0.87-0.90", "0.85-0.88", "0.02-0.03"],
-                           ["fair", "0.85-0.87", "0.82-0.85", "0.03-0.05"],
-                           ["needs work", "<0.85", "<0.82", ">0.05"]]
-    gaps = {target: [gap for _, _, gap in tiers] for target, tiers in baseline.TIERS.items()}
-    assert gaps["q"] == gaps["c"], "the card has one column of gaps"
+def test_tiers_are_the_programs():
+    """Card and guide have the same table of tiers, which is the program's."""
+    for page, title in ((CARD, "Target tiers"), (GUIDE, "Tiers")):
+        rows = body(sections(page.read_text(encoding="utf-8"), 2)[title])
+        assert [[row[0].rsplit(" / ", 1)[-1], *row[1:]] for row in rows] == TIERS
+    for column, target in ((1, "q"), (2, "c")):
+        lower = [float(re.findall(r"\d\.\d+", row[column])[0]) for row in TIERS[:3]]
+        gaps = [float(re.findall(r"\d\.\d+", row[3])[-1]) for row in TIERS[:3]]
+        titles = [row[0] for row in TIERS[:3]]
+        assert baseline.TIERS[target] == tuple(zip(titles, lower, gaps))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_is_accepted(page):
-    for argv in commands(page.read_text(encoding="utf-8")):
+def test_commands_are_accepted_and_links_lead_somewhere(page):
+    """The program accepts each command of a page, and each file that it links to exists."""
+    text = page.read_text(encoding="utf-8")
+    for argv in commands(text):
         parse(argv)
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
 
 
 def test_commands_are_found_however_they_are_written():
+    """This file's reader finds commands in fences and inline, over two lines, before comments."""
     text = ("```bash\n# python baseline.py --no_such\npython baseline.py --lr 1e-4 \\\n"
             "    --epochs 3  # why\nX=1 python baseline.py --demo | tee log\n```\n"
             "Inline `python baseline.py --preset A` and `baseline.py`.\n")
     assert commands(text) == [["--lr", "1e-4", "--epochs", "3"], ["--demo"], ["--preset", "A"]]
 
 
-def test_card_shows_the_demo():
-    assert ["--demo"] in commands(CARD.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
-    local = [link for link in links if "://" not in link]
-    missing = [link for link in local if not (page.parent / link).exists()]
-    assert not missing
-
-
-def test_card_points_to_both_guides():
-    links = re.findall(r"\]\(([^)]+)\)", CARD.read_text(encoding="utf-8"))
+def test_card_shows_the_demo_and_points_to_both_guides():
+    """Who starts at the card finds the demo, and what to read next."""
+    text = CARD.read_text(encoding="utf-8")
+    assert ["--demo"] in commands(text)
+    links = re.findall(r"\]\(([^)]+)\)", text)
     assert {"docs/HYPERPARAMETER_TUNING_GUIDE.md", "docs/RESIDUAL_LEARNING_USAGE.md"} <= set(links)

@@ -1,7 +1,7 @@
-"""The CLIP that is loaded, its split towers, what is frozen, and the heads on top."""
+"""The CLIP that is loaded, its towers against open_clip's own, what is frozen, and the heads."""
 
+import functools
 import json
-import re
 import shutil
 import socket
 from types import SimpleNamespace
@@ -10,9 +10,11 @@ import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from conftest import EMBED_DIM, PROMPTS, TEXT, VISION, decoded, load
+from conftest import (EMBED_DIM, PROMPTS, TEXT, TIMM, VARIANTS, VISION, decoded, load, read_json,
+                      write_clip)
 from safetensors.torch import load_file
 
 import baseline
@@ -28,8 +30,7 @@ def parse(flags):
 
 def activations(clip):
     """Return the names of the activation classes in a CLIP."""
-    names = {type(module).__name__ for module in clip.modules()}
-    return names & {"GELU", "QuickGELU"}
+    return {type(module).__name__ for module in clip.modules()} & {"GELU", "QuickGELU"}
 
 
 def reference(folder, **options):
@@ -37,13 +38,16 @@ def reference(folder, **options):
     return open_clip.create_model(f"local-dir:{folder}", **options).eval()
 
 
-def embeddings(clip, folder, tokenizer=None):
-    """Return the embeddings of three random images and all prompts by open_clip's own code."""
-    tokenizer = tokenizer or open_clip.get_tokenizer(f"local-dir:{folder}")
-    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+def images(count=4):
+    """Return random normalised images of high contrast."""
+    return 5 * torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def embeddings(clip):
+    """Return the embeddings of random images and all prompts by open_clip's own code."""
+    ids = open_clip.tokenize(PROMPTS)
     with torch.no_grad():
-        return (clip.encode_image(x, normalize=True),
-                clip.encode_text(tokenizer(PROMPTS), normalize=True))
+        return clip.encode_image(images(), normalize=True), clip.encode_text(ids, normalize=True)
 
 
 def assert_close(got, want, atol=1e-5):
@@ -66,68 +70,49 @@ def tagged(monkeypatch, tmp_path, clips):
     tags = {"openai": {"url": "https://x/y.pt", "quick_gelu": True}, "plain": {"url": "https://x"}}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-tagged", tags)
     weights = str(clips() / "open_clip_model.safetensors")
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda *a, **k: weights)
-    return "tiny-tagged"
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *a, **k: weights)
 
 
-@pytest.mark.parametrize("tag, quick", [("openai", True), ("plain", False)])
-def test_a_tag_brings_its_activation(parse, clips, tagged, tag, quick):
-    """A tag trained with QuickGELU is built with it, and computes what open_clip computes."""
-    args = parse("--clip_model", tagged, "--pretrained", tag)
-    clip, tokenizer, identity = baseline.load_clip(args, 0)
+FILE = "open_clip_model.safetensors"
+
+
+@pytest.mark.parametrize("how, quick", [("tag openai", True), ("tag plain", False),
+                                        ("flag", True), ("no flag", False), ("config", True)])
+def test_quick_gelu_follows_tag_flag_and_config(parse, clips, tagged, how, quick):
+    """What was trained with QuickGELU is built with it, and computes what open_clip computes."""
+    folder = clips("quick" if how == "config" else "vit")
+    more = (["--clip_model", "tiny-tagged", "--pretrained", how[4:]] if how.startswith("tag") else
+            [] if how == "config" else ["--pretrained", folder / FILE,
+                                        *(["--quick_gelu"] if quick else [])])
+    clip, _, identity = baseline.load_clip(parse(*more, clip=folder), 0)
     assert activations(clip) == ({"QuickGELU"} if quick else {"GELU"})
     assert identity["quick_gelu"] is quick
-    got = embeddings(clip.eval(), None, tokenizer)
-    assert_close(got, embeddings(reference(clips(), force_quick_gelu=quick), clips()))
-    other = embeddings(reference(clips(), force_quick_gelu=not quick), clips())
-    assert not torch.allclose(got[0], other[0], atol=1e-4)
-
-
-@pytest.mark.parametrize("quick", [True, False])
-def test_a_weights_file_with_quick_gelu(parse, clips, quick):
-    """--quick_gelu builds a weights file's model with QuickGELU; without the flag it is plain."""
-    weights = clips() / "open_clip_model.safetensors"
-    args = parse("--pretrained", weights, *(["--quick_gelu"] if quick else []))
-    clip, _, identity = baseline.load_clip(args, 0)
-    assert activations(clip) == ({"QuickGELU"} if quick else {"GELU"})
-    assert identity["quick_gelu"] is quick
-    want = embeddings(reference(clips(), force_quick_gelu=quick), clips())
-    assert_close(embeddings(clip.eval(), clips()), want)
-
-
-def test_a_models_own_config_asks_for_quick_gelu(parse, clips):
-    """A local folder whose config says quick_gelu is built with it."""
-    clip, _, identity = baseline.load_clip(parse(clip="quick"), 0)
-    assert activations(clip) == {"QuickGELU"} and identity["quick_gelu"] is True
+    got, other = embeddings(clip), embeddings(reference(folder, force_quick_gelu=True))
+    assert_close(got, embeddings(reference(folder, force_quick_gelu=quick)))
+    assert torch.allclose(got[0], other[0], atol=1e-4) is quick
 
 
 def test_config_and_checkpoint_remember_the_activation(train):
     """What was trained says in its files whether it was QuickGELU."""
-    run = train("--freeze_clip", "--quick_gelu", "--epochs", 1)
-    assert json.loads((run.folder / "config.json").read_text())["identity"]["quick_gelu"] is True
-    assert load(run.folder)["identity"]["quick_gelu"] is True
+    folder = train("--freeze_clip", "--quick_gelu", "--epochs", 1).folder
+    for content in (read_json(folder / "config.json"), load(folder)):
+        assert content["identity"]["quick_gelu"] is True
 
 
 @pytest.mark.parametrize("name, quick, warns", [
     ("ViT-B-32.pt", False, True), ("ViT-B-32.pt", True, False), ("mine.pt", False, False)])
-def test_openai_file_names_warn(parse, clips, tmp_path, capsys, name, quick, warns):
-    """A file named like an OpenAI release is suspected of needing --quick_gelu."""
-    path = tmp_path / name
-    torch.save(load_file(clips() / "open_clip_model.safetensors"), path)
-    baseline.load_clip(parse("--pretrained", path, *(["--quick_gelu"] if quick else [])), 0)
+def test_openai_file_names_warn_and_half_precision_is_loaded(parse, clips, tmp_path, capsys, name,
+                                                             quick, warns):
+    """A file named like an OpenAI release may need --quick_gelu; half weights become float32."""
+    state = {k: v.half() for k, v in load_file(clips() / FILE).items()}
+    torch.save(state, tmp_path / name)
+    clip, _, _ = baseline.load_clip(
+        parse("--pretrained", tmp_path / name, *(["--quick_gelu"] if quick else [])), 0)
     said = capsys.readouterr().out
-    assert ("--quick_gelu" in said) is warns
-    assert ("WARNING" in said) is warns
-
-
-def test_half_precision_weights_equal_full_ones(parse, clips, tmp_path):
-    """Weights that are stored in half precision are loaded as they are, into float32."""
-    state = load_file(clips() / "open_clip_model.safetensors")
-    torch.save({k: v.half() for k, v in state.items()}, tmp_path / "half.pt")
-    clip, _, _ = baseline.load_clip(parse("--pretrained", tmp_path / "half.pt"), 0)
-    for name, value in clip.state_dict().items():
+    assert ("--quick_gelu" in said) is warns and ("WARNING" in said) is warns
+    for key, value in clip.state_dict().items():
         assert value.dtype == torch.float32
-        assert torch.equal(value, state[name].half().float()), name
+        assert torch.equal(value, state[key.removeprefix("text.")].float()), key
 
 
 def test_no_network_is_one_error_with_the_ways_out(refused, monkeypatch, tmp_path):
@@ -140,33 +125,20 @@ def test_no_network_is_one_error_with_the_ways_out(refused, monkeypatch, tmp_pat
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     said = refused("--clip_model", "ViT-B-32", "--pretrained", "laion2b_e16")
-    for word in ("ViT-B-32", "laion2b_e16", "--pretrained FILE", "--quick_gelu", "local-dir:",
-                 "--demo"):
+    for word in ("ViT-B-32", "laion2b_e16", "a file", "--quick_gelu", "local-dir:", "--demo"):
         assert word in said
     assert said.count("baseline.py: error:") == 1 and len(said.splitlines()) == 1
 
 
-def test_unknown_model_suggests_near_names(refused):
-    """A misspelt model is refused with the names that it may have meant."""
-    assert "ViT-L-14" in refused("--clip_model", "ViT-L-41").split("try")[1]
-
-
-def test_unknown_tag_lists_the_models_tags(refused):
-    """A misspelt tag is refused with the model's real ones."""
+def test_names_that_lead_nowhere_are_refused_with_a_remedy(refused, clips, tmp_path):
+    """A misspelt model or tag, a folder without weights or without a config."""
+    assert "ViT-L-14" in refused("--clip_model", "ViT-L-41")
     said = refused("--clip_model", "ViT-B-32", "--pretrained", "laion_nope")
     assert "laion_nope" in said and "laion2b_e16" in said and "openai" in said
-
-
-def test_local_folder_without_weights(refused, clips, tmp_path):
-    """A folder that holds only a config is refused by path."""
     shutil.copytree(clips(), tmp_path / "empty")
-    (tmp_path / "empty" / "open_clip_model.safetensors").unlink()
+    (tmp_path / "empty" / FILE).unlink()
     said = refused(clip=tmp_path / "empty")
-    assert str(tmp_path / "empty") in said and "--pretrained none" in said
-
-
-def test_local_folder_that_is_none(refused, tmp_path):
-    """A folder without a config is refused by path."""
+    assert str(tmp_path / "empty") in said and "--pretrained is none" in said
     assert "nowhere" in refused(clip=tmp_path / "nowhere")
 
 
@@ -174,10 +146,8 @@ def test_local_folder_that_is_none(refused, tmp_path):
 def test_weights_that_are_none_of_this_model(refused, clips, tmp_path, damage):
     """A truncated file, a text file and another model's weights are refused by path."""
     path = tmp_path / "weights.pt"
-    state = load_file(clips() / "open_clip_model.safetensors")
-    if damage == "other model":
-        state = {f"x.{k}": v for k, v in state.items()}
-    torch.save(state, path)
+    state = load_file(clips() / FILE)
+    torch.save({f"x.{k}" if damage == "other model" else k: v for k, v in state.items()}, path)
     if damage != "other model":
         other = b"cos\nsystem\n(S'x'\ntR."
         path.write_bytes(path.read_bytes()[:5000] if damage == "cut" else other)
@@ -186,312 +156,414 @@ def test_weights_that_are_none_of_this_model(refused, clips, tmp_path, damage):
 
 def test_random_weights_are_said_and_seeded(parse, capsys):
     """--pretrained none warns; the weights follow the seed."""
-    first, again, other = (
-        baseline.load_clip(parse("--pretrained", "none"), seed)[0].visual.proj
-        for seed in (1, 1, 2))
+    first, again, other = (baseline.load_clip(parse("--pretrained", "none"), seed)[0].visual.proj
+                           for seed in (1, 1, 2))
     assert "RANDOM" in capsys.readouterr().out
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert first.std() > 0.01
+    assert torch.equal(first, again) and not torch.equal(first, other) and first.std() > 0.01
 
 
 # --- towers ---------------------------------------------------------------------------------
 
+CREATE_MODEL = timm.create_model
+SMALL = {"img_size": 32, "depth": 4, "embed_dim": 32, "num_heads": 2}
 
-@pytest.fixture
-def towers(parse):
-    """Return (clip, image Tower, text Tower, token ids) of a variant, frozen at a boundary."""
-    def make(variant, frozen=None):
-        clip, tokenizer, _ = baseline.load_clip(parse(clip=variant), 0)
-        pair = baseline.image_tower(clip.eval()), baseline.text_tower(clip)
-        for tower in pair:
-            if tower.splits or frozen in (None, "all"):
-                tower.freeze(tower.depth if frozen == "depth" else frozen)
-        return clip, *pair, tokenizer(PROMPTS)
+
+def timm_tower(name, pool="avg", proj="linear", **more):
+    """Return the options of write_clip for an image tower of timm."""
+    return {"vision": {**TIMM, "timm_model_name": name, "timm_pool": pool, "timm_proj": proj},
+            **more}
+
+
+# For each family: its CLIP, its trunk's own arguments, and where the image tower's blocks are.
+FAMILIES = {
+    "vit": ({}, {}, "transformer.resblocks"),
+    "vit avg": ({"vision": {**VISION, "pool_type": "avg"}, "text": {"no_causal_mask": True}}, {},
+                "transformer.resblocks"),
+    "vit eos": ({"quick_gelu": True, "text": {"pool_type": "eos", "eos_id": 49407},
+                 "custom_text": True}, {}, "transformer.resblocks"),
+    "coca": ({"vision": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2,
+                         "output_tokens": True},
+              "text": {"embed_cls": True, "output_tokens": True, "context_length": 76},
+              "multimodal_cfg": {**TEXT, "width": 24, "context_length": 76},
+              "custom_text": True}, {}, "transformer.resblocks"),
+    "modified_resnet": (VARIANTS["modified_resnet"], {}, "layer1 layer2 layer3 layer4"),
+    "eva02": (timm_tower("eva02_base_patch16_clip_224", "token"), SMALL, "trunk.blocks"),
+    "swin": (timm_tower("swin_tiny_patch4_window7_224"), {
+        "img_size": 32, "depths": (1, 2, 1, 1), "embed_dim": 16, "num_heads": (1, 1, 2, 2),
+        "window_size": 4}, "trunk.layers"),
+    "relpos": (timm_tower("test_vit_relpos"), {**SMALL, "shared_rel_pos": True}, "trunk.blocks"),
+    "relpos cls": (timm_tower("vit_relpos_base_patch16_cls_224", "token"), SMALL, "trunk.blocks"),
+    "pe core": (timm_tower("vit_pe_core_base_patch16_224", "map", None), SMALL, "trunk.blocks"),
+    "siglip": (timm_tower("vit_base_patch16_siglip_224", "map", "none", custom_text=True, text={
+        "no_causal_mask": True, "pool_type": "last", "proj_bias": True}),
+        {**SMALL, "embed_dim": EMBED_DIM}, "trunk.blocks"),
+    "timm vit": (timm_tower("test_vit", "token"), {}, "trunk.blocks"),
+    "efficientnet": (timm_tower("test_efficientnet"), {}, "trunk.blocks"),
+    "resnet": (timm_tower("test_resnet"), {}, " ".join(f"trunk.layer{i}" for i in (1, 2, 3, 4))),
+    "convnext": (timm_tower("test_convnext"), {}, "trunk.stages"),
+    "nfnet": (timm_tower("test_nfnet"), {}, "trunk.stages"),
+    "densenet": (timm_tower("densenet121"), {"growth_rate": 4, "block_config": (1, 1)}, ""),
+}  # a DenseNet's blocks are unknown: it trains or is frozen as a whole
+KNOWN = [name for name in FAMILIES if name != "densenet"]
+
+
+def objective(f):
+    """Return a sum over embeddings whose gradient reaches every entry."""
+    weights = torch.randn(EMBED_DIM, generator=torch.Generator().manual_seed(2))
+    return 100 * (f @ weights).square().sum()
+
+
+def blocks_of(encoder, places):
+    """Return the blocks that are at these places of an encoder."""
+    found = [encoder.get_submodule(place) for place in places.split()]
+    return list(found[0]) if len(found) == 1 else found
+
+
+def walk(encoder, blocks, encode):
+    """Return open_clip's own embeddings, gradients, and what the output of each block needs."""
+    outputs, named = [], dict(encoder.named_parameters())
+    for block in blocks:
+        block.register_forward_hook(lambda *call: outputs.append(call[2]))
+    out = encode()
+    needs = [{n for n, g in zip(named, torch.autograd.grad(
+        y.sum(), named.values(), allow_unused=True, retain_graph=True)) if g is not None}
+        for y in outputs]
+    grads = zip(named, torch.autograd.grad(objective(out), named.values(), allow_unused=True))
+    return SimpleNamespace(out=out.detach(), needs=needs,
+                           grads={n: grad for n, grad in grads if grad is not None})
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory):
+    """Return (folder, {"image", "text"} of walk) of a family: its reference, computed once."""
+    @functools.cache
+    def make(name):
+        folder = write_clip(tmp_path_factory.mktemp("families") / "clip", **FAMILIES[name][0])
+        clip, ids = reference(folder), open_clip.get_tokenizer(f"local-dir:{folder}")(PROMPTS)
+        text = getattr(clip, "text", clip)  # a plain CLIP has its text tower's parts itself
+        return folder, {
+            "image": walk(clip.visual, blocks_of(clip.visual, FAMILIES[name][2]),
+                          lambda: clip.encode_image(images(), normalize=True)),
+            "text": walk(text, text.transformer.resblocks,
+                         lambda: clip.encode_text(ids, normalize=True))}
     return make
 
 
-def images(count=4):
-    """Return random normalised images."""
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+@pytest.fixture
+def family(walks, monkeypatch):
+    """Return walks of a family; from then on timm makes trunks of its size."""
+    def make(name):
+        small = functools.partial(CREATE_MODEL, **FAMILIES[name][1])
+        monkeypatch.setattr(timm, "create_model", small)
+        return walks(name)
+    return make
 
 
-def through_image(tower, x):
-    """Run an image tower as training does: prefix, then suffix."""
-    return tower.suffix(tower.prefix(x))
+@pytest.fixture
+def towers(family, parse):
+    """Return (clip, {"image", "text"} Towers, token ids) of a family, frozen at a boundary."""
+    def make(name, frozen=None, change=lambda clip: None):
+        folder, walked = family(name)
+        layers = len(walked["image"].needs) if frozen == "depth" else frozen
+        more = {None: [], "all": ["--freeze_clip"]}.get(
+            frozen, ["--partial_freeze", "--freeze_layers", layers])
+        args = parse(*more, clip=folder)
+        clip, tokenizer, _ = baseline.load_clip(args, 0)
+        change(clip)
+        return clip, baseline.make_towers(clip, tokenizer, args), tokenizer(PROMPTS)
+    return make
 
 
-def through_text(tower, ids):
-    """Run a text tower as training does: cut, prefix, then suffix."""
-    end = tower.end(ids)
-    ids = ids[:, :int(end.max()) + 1] if tower.trims else ids
-    return tower.suffix(tower.prefix(ids, end), end)
+def through(tower, x):
+    """Run a tower as training does: texts are cut at their end, prefix, then suffix."""
+    if x.is_floating_point():
+        return tower.suffix(tower.prefix(x))
+    ids = x[:, :int(tower.ends(x).max()) + 1]
+    return tower.suffix(tower.prefix(ids), ids)
 
 
-FROZEN = [None, 0, 1, 2, "depth", "all"]
-TOWERS = ["vit", "avg", "bidirectional", "quick", "conv", "resnet", "timm_vit"]
+@pytest.mark.parametrize("name, frozen", [
+    *((name, frozen) for name in KNOWN for frozen in (None, 1, 2, "depth", "all")),
+    ("densenet", None), ("densenet", "all")])
+def test_towers_equal_open_clips_own(towers, walks, name, frozen):
+    """suffix(prefix(x)) gives open_clip's own embeddings, and what trains its gradients.
+
+    What trains is all that open_clip's encoder uses, but what the last frozen block needs.
+    """
+    clip, pair, ids = towers(name, frozen)
+    for which, x, encoder in (("image", images(), clip.visual), ("text", ids, clip.text)):
+        want, depth = walks(name)[1][which], len(walks(name)[1][which].needs)
+        got = through(pair[which], x)
+        assert_close([got], [want.out])
+        assert (want.out[0] - want.out[1]).norm() > 1e-3  # 100 times what is let pass
+        trains = {n for n, p in encoder.named_parameters() if p.requires_grad}
+        if frozen is None:
+            assert trains == set(want.grads)
+        elif frozen == "all":
+            assert not trains and not got.requires_grad
+            continue
+        else:
+            last = min(depth, depth if frozen == "depth" else frozen)
+            assert trains == set(want.grads) - want.needs[last - 1]
+        objective(got).backward()
+        grads = [(encoder.get_parameter(n).grad, want.grads[n]) for n in trains]
+        for a, b in grads:
+            assert (a - b).abs().max() <= 1e-4 * max(1, b.abs().max())
+        a, b = (torch.cat([grad.flatten() for grad in side]) for side in zip(*grads))
+        assert (a - b).norm() <= 1e-4 * b.norm() and b.norm() > 0.1
+    assert all(p.grad is None for p in clip.parameters() if not p.requires_grad)
 
 
-@pytest.mark.parametrize("frozen", FROZEN)
-@pytest.mark.parametrize("variant", TOWERS)
-def test_split_towers_equal_open_clips_own(towers, clips, variant, frozen):
-    """suffix(prefix(x)) is open_clip's own embedding at every freeze boundary."""
-    _, image, text, ids = towers(variant, frozen)
-    clip = reference(clips(variant))
+@pytest.mark.parametrize("name", ["vit", "vit eos", "vit avg", "coca", "siglip"])
+def test_the_last_block_computes_only_the_token_that_is_pooled(towers, name):
+    """Where one token goes on, the last block's MLP runs for it alone; elsewhere for all."""
+    early = name in ("vit", "vit eos")
+    for frozen in (None, 2, "depth"):
+        _, pair, ids = towers(name, frozen)
+        for tower, x in ((pair["image"], images()), (pair["text"], ids)):
+            seen = []
+            for block in tower.blocks:
+                block.mlp.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
+            with torch.no_grad():
+                through(tower, x)
+            assert len(seen) == len(tower.blocks)  # each block once, whichever is frozen
+            assert set(seen[:-1]) == {max(seen)} and (seen[-1] == 1) is early and max(seen) > 1
+            if tower.frozen == len(tower.blocks):
+                assert (tower.prefix(x).shape[1] == 1) is early
+
+
+@pytest.mark.parametrize("name", ["vit", "vit eos", "vit avg", "coca", "siglip"])
+def test_texts_cut_at_their_end_equal_full_length(towers, name):
+    """A causal tower gives the same for a text cut at its end; others read their padding."""
+    for frozen in (None, 2, "depth", "all"):
+        _, pair, ids = towers(name, frozen)
+        text, ends = pair["text"], pair["text"].ends(ids).tolist()
+        assert text.trims is (name in ("vit", "vit eos"))
+        if not text.trims:
+            assert set(ends) == {ids.shape[1] - 1}
+            continue
+        assert ids.shape[1] == 77 and ends == [list(row).index(49407) for row in ids.tolist()]
+        with torch.no_grad():
+            full = text.suffix(text.prefix(ids), ids)
+            assert_close([through(text, ids)], [full])
+            alone = [through(text, ids[i:i + 1]) for i in range(len(ids))]
+            assert_close([torch.cat(alone)], [full])
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+@pytest.mark.parametrize("more", [["--freeze_clip"], ["--partial_freeze", "--freeze_layers", 2],
+                                  ["--partial_freeze", "--freeze_layers", 4], []])
+def test_the_cosine_before_training_is_open_clips(build, clips, more, cache):
+    """What a run knows of each row, through caches and cut texts, is what open_clip computes."""
+    run, clip = build(*more, "--cache", cache), reference(clips())
+    frame = run.table.frame
     with torch.no_grad():
-        got = through_image(image, images()), through_text(text, ids)
-        want = clip.encode_image(images(), normalize=True), clip.encode_text(ids, normalize=True)
-    assert_close(got, want)
-    assert (got[0][0] - got[0][1]).norm() > 0.01 and (got[1][0] - got[1][1]).norm() > 0.01
+        f = clip.encode_image(run.scorer.pixels(decoded(run, range(len(frame)))), normalize=True)
+        t = clip.encode_text(open_clip.tokenize(frame["prompt"].tolist()), normalize=True)
+    assert_close([run.s0], [(f * t).sum(-1)])
+    assert run.s0.std() > 0.01
 
 
-@pytest.mark.parametrize("frozen", [None, 0, 1, "depth"])
-@pytest.mark.parametrize("variant", TOWERS)
-def test_gradients_equal_open_clips_own(towers, clips, variant, frozen):
-    """What trains gets the gradient that open_clip's own code gives, what is frozen gets none."""
-    own, image, text, ids = towers(variant, frozen)
-    clip = reference(clips(variant))
-    weights = torch.randn(EMBED_DIM, generator=torch.Generator().manual_seed(2))
-    (through_image(image, images()) @ weights).square().sum().backward()
-    (through_text(text, ids) @ weights).square().sum().backward()
-    (clip.encode_image(images(), normalize=True) @ weights).square().sum().backward()
-    (clip.encode_text(ids, normalize=True) @ weights).square().sum().backward()
-    wanted, trained = dict(clip.named_parameters()), 0
-    for name, parameter in own.named_parameters():
-        if parameter.requires_grad and wanted[name].grad is not None:
-            scale = max(1.0, float(wanted[name].grad.abs().max()))
-            assert torch.allclose(parameter.grad, wanted[name].grad, atol=1e-5 * scale), name
-            trained += 1
-        elif not parameter.requires_grad:
-            assert parameter.grad is None, name
-    assert trained >= 4
-    assert frozen is not None or trained == len(wanted) - 1  # all but logit_scale
+# --- gradient checkpointing -----------------------------------------------------------------
 
 
-def gradients(towers, checkpointing=False, half=False):
-    """Return {name: gradient} of a sum over both towers, in bf16 where half."""
-    clip, image, text, ids = towers("vit", 1)
-    image.checkpointing = text.checkpointing = checkpointing
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        out = through_image(image, images())[:, 0].sum() + through_text(text, ids)[:, 0].sum()
-    out.backward()
-    return {n: p.grad for n, p in clip.named_parameters() if p.grad is not None}
+def step(tower, x, *more):
+    """Return (gradients, buffers, calls of each leaf module) of a training step of a tower."""
+    tower.tune(baseline.parse_args(more))
+    encoder = tower.encoder.train()
+    calls = {name: [] for name, module in encoder.named_modules()
+             if not list(module.children()) and list(module.parameters())}
+    for name, called in calls.items():
+        encoder.get_submodule(name).register_forward_pre_hook(
+            lambda *_, called=called: called.append(1))
+    objective(through(tower, x)).backward()
+    return ({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None},
+            {n: b.clone() for n, b in encoder.named_buffers()},
+            {n: len(called) for n, called in calls.items()})
 
 
-def test_gradient_checkpointing_changes_nothing(towers):
-    """Recomputed activations give the same gradients."""
-    plain, recomputed = gradients(towers), gradients(towers, checkpointing=True)
-    assert plain.keys() == recomputed.keys() and len(plain) > 20
-    assert all(torch.allclose(plain[n], recomputed[n], atol=1e-7) for n in plain)
+@pytest.mark.parametrize("name, frozen", [
+    ("densenet", None), ("modified_resnet", None), ("modified_resnet", 2), ("efficientnet", 1),
+    ("resnet", None), ("swin", 2), ("relpos", 1), ("pe core", None), ("vit", 1), ("coca", None),
+    ("vit avg", 2)])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(towers, name, frozen):
+    """What trains is computed twice, gradients are the same, statistics move once.
+
+    An encoder whose blocks are unknown is recomputed as a whole: the flag is never ignored.
+    """
+    for which in ("image", "text"):
+        found = []
+        for more in ([], ["--grad_checkpointing"]):
+            _, pair, ids = towers(name, frozen)
+            found.append(step(pair[which], images() if which == "image" else ids, *more))
+        (grads, buffers, calls), (again, moved, more_calls) = found
+        assert grads.keys() == again.keys()
+        for n, grad in grads.items():
+            assert (again[n] - grad).abs().max() <= 1e-5 * max(1, grad.abs().max()), n
+        assert all(torch.equal(moved[n], buffer) for n, buffer in buffers.items())
+        twice = {n for n in calls if more_calls[n] == 2 * calls[n] > 0}
+        assert all(more_calls[n] == calls[n] for n in calls if n not in twice)
+        encoder = pair[which].encoder
+        places = "transformer.resblocks" if which == "text" else FAMILIES[name][2]
+        leaves = [{n for n in calls if encoder.get_submodule(n) in set(block.modules())}
+                  for block in blocks_of(encoder, places)[frozen or 0:] or [encoder]]
+        assert twice <= set.union(*leaves)
+        # torch stops a recomputation where nothing more is needed
+        assert all(len(twice & own) >= len(own) / 2 for own in leaves)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_in_bf16_are_near_those_in_fp32(towers, checkpointing):
+def test_training_with_gradient_checkpointing_is_the_same(train):
+    """The flag changes neither trained weights nor BatchNorm's statistics, step after step."""
+    flags = ["--lr", 1e-3, "--epochs", 1, "--dropout", 0]
+    a, b = (load(train(*flags, *more, out=f"out{len(more)}", clip="conv").folder)["state"]
+            for more in ([], ["--grad_checkpointing"]))
+    assert a.keys() == b.keys() and any("running" in n for n in a)
+    assert all(torch.allclose(a[n].float(), b[n].float(), atol=1e-5) for n in a)
+
+
+@pytest.mark.parametrize("more", [[], ["--grad_checkpointing"]])
+def test_gradients_in_bf16_are_near_those_in_fp32(towers, more):
     """Whichever attention kernel half precision takes, the gradients are right to its rounding."""
-    exact, half = gradients(towers), gradients(towers, checkpointing, half=True)
-    assert exact.keys() == half.keys()
-    a, b = (torch.cat([g[n].flatten() for n in exact]) for g in (exact, half))
-    assert 0 < (a - b).norm() < 0.03 * a.norm()
-
-
-@pytest.mark.parametrize("frozen", [None, 2, "all"])
-def test_texts_cut_at_their_end_equal_full_length(towers, frozen):
-    """A causal text tower gives the same embedding for the cut text and for all 77 tokens."""
-    _, _, text, ids = towers("vit", frozen)
-    end = text.end(ids)
-    assert text.trims and int(end.max()) + 1 < 20 and ids.shape[1] == 77
-    with torch.no_grad():
-        full = text.suffix(text.prefix(ids, end), end)
-        assert_close([through_text(text, ids)], [full])
-
-
-def test_a_bidirectional_text_tower_is_not_cut(towers):
-    """Where padding is read, it must stay."""
-    assert not towers("bidirectional")[2].trims
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_pooled_block_equals_the_whole_block(causal):
-    """The block that computes one token only gives what the whole block gives there."""
-    torch.manual_seed(0)
-    block = open_clip.transformer.CustomResidualAttentionBlock(32, 4).eval()
-    plain = open_clip.transformer.ResidualAttentionBlock(32, 4).eval()
-    for parameter in block.parameters():
-        parameter.data.add_(0.2 * torch.randn_like(parameter))
-    plain.load_state_dict(block.state_dict())
-    x, position = torch.randn(5, 9, 32), torch.tensor([8, 3, 0, 5, 8])
-    mask = torch.full((9, 9), -torch.inf).triu(1) if causal else None
-    seen = (torch.arange(9) <= position[:, None])[:, None, None] if causal else None
-    assert baseline.can_pool_block(block)
-    got = baseline.pooled_block(block, x, position, seen)
-    want = plain(x, attn_mask=mask)[torch.arange(5), position]
-    assert got.shape == (5, 1, 32) and torch.allclose(got[:, 0], want, atol=1e-5)
+    for which in ("image", "text"):
+        found = []
+        for half in (False, True):
+            _, pair, ids = towers("vit", 1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                grads, *_ = step(pair[which], images() if which == "image" else ids, *more)
+            found.append(torch.cat([grad.flatten() for grad in grads.values()]))
+        assert 0 < (found[0] - found[1]).norm() < 0.03 * found[0].norm()
 
 
 # --- freezing -------------------------------------------------------------------------------
 
-
-def trains(name, frozen, depth):
-    """Return whether a native CLIP's parameter trains with `frozen` blocks frozen, by its name."""
-    if name == "logit_scale" or frozen == "all":
-        return False
-    if frozen is None:
-        return True
-    block = re.search(r"resblocks\.(\d+)\.", name)
-    if block:
-        return int(block[1]) >= min(frozen, depth["visual" if "visual" in name else "text"])
-    return name in ("visual.ln_post.weight", "visual.ln_post.bias", "visual.proj",
-                    "ln_final.weight", "ln_final.bias", "text_projection")
+PARTIAL = ["--partial_freeze", "--freeze_layers", 2]
 
 
-CASES = [(["--freeze_clip"], "all"), ([], None)] + [
-    (["--partial_freeze", "--freeze_layers", n], n) for n in (0, 1, 3, 4)]
+@pytest.mark.parametrize("name, more", [
+    (name, more) for name in ("coca", "modified_resnet", "eva02", "swin", "relpos", "pe core",
+                              "efficientnet", "vit", "densenet")
+    for more in (["--freeze_clip"], PARTIAL, []) if name != "densenet" or more != PARTIAL] + [
+    ("vit", [*more, "--cache", "off"]) for more in (["--freeze_clip"], PARTIAL, [])])
+def test_frozen_stays_bit_identical_and_the_rest_moves(family, build, name, more):
+    """Training moves all that the suffix alone needs, and trained_state holds just that.
 
-
-def snapshot(clip):
-    """Return a copy of all parameters and buffers."""
-    return {name: value.clone() for name, value in clip.state_dict().items()}
-
-
-@pytest.mark.parametrize("cache", ["auto", "off"])
-@pytest.mark.parametrize("more, frozen", CASES)
-def test_frozen_stays_bit_identical_and_the_rest_moves(build, more, frozen, cache):
-    """After training, exactly what should be frozen is as it was, bit for bit."""
-    run = build(*more, "--lr", 1e-3, "--cache", cache, "--epochs", 1)
-    before = snapshot(run.scorer.clip)
-    heads = snapshot(run.scorer.quality)
+    Frozen modules stay in eval mode, so BatchNorm does not drift there.
+    """
+    folder, walks = family(name)
+    run = build(*more, "--lr", 1e-3, "--weight_decay", 0.1, "--epochs", 1, clip=folder)
+    run.scorer.train()
+    for tower in run.scorer.towers.values() if more[:3] == PARTIAL else ():
+        assert not any(m.training for block in tower.blocks[:2] for m in block.modules())
+        assert all(m.training for block in tower.blocks[2:] for m in block.modules())
+    before, heads = ({n: v.clone() for n, v in module.state_dict().items()}
+                     for module in (run.scorer.clip, run.scorer.quality))
     baseline.fit(run)
-    after = run.scorer.clip.state_dict()
-    for name in before:
-        moved = not torch.equal(before[name], after[name])
-        assert moved == trains(name, frozen, {"visual": 4, "text": 3}), name
+    after, state = run.scorer.clip.state_dict(), run.scorer.trained_state()
+    moved = {n for n, v in before.items() if v.numpy().tobytes() != after[n].numpy().tobytes()}
+    assert moved == {n.removeprefix("clip.") for n in state if n.startswith("clip.")}
+    needed = set() if more[0:1] == ["--freeze_clip"] else {
+        f"{place}.{n}" for place, want in (("visual", walks["image"]), ("text", walks["text"]))
+        for n in set(want.grads) - (want.needs[1] if more[:3] == PARTIAL else set())}
+    assert {n for n, _ in run.scorer.clip.named_parameters() if n in moved} == needed
+    statistics = {n for n in before if n.endswith("running_mean")}
+    assert statistics & moved == {n for n in statistics if n.replace(
+        "running_mean", "weight") in needed}
     assert all(not torch.equal(heads[k], v) for k, v in run.scorer.quality.state_dict().items())
 
 
-def stage_of(name):
-    """Return the stage of a conv trunk's entry: -1 before, 99 after the stages."""
-    stage = re.search(r"visual\.trunk\.(?:blocks|layer)\.?(\d+)\.", name)
-    if stage:
-        return int(stage[1])
-    return 99 if re.search(r"conv_head|bn2|head\.", name) else -1
+def test_a_parameter_of_frozen_and_trained_blocks_does_not_train(towers, family, build):
+    """What a frozen block needs stays as it is, though a block that trains shares it."""
+    def share(clip):
+        blocks = clip.visual.transformer.resblocks
+        blocks[3].mlp.c_fc.weight = blocks[0].mlp.c_fc.weight
+    for frozen, learns in ((1, False), (None, True)):
+        mlp = towers("vit", frozen, share)[0].visual.transformer.resblocks[3].mlp
+        assert mlp.c_fc.weight.requires_grad is learns and mlp.c_fc.bias.requires_grad
+    folder, _ = family("relpos")  # its blocks share their position bias
+    for more, learns in ((PARTIAL, False), ([], True)):
+        run = build(*more, "--lr", 1e-3, "--epochs", 1, clip=folder)
+        shared = {n: p.detach().clone() for n, p in run.scorer.named_parameters()
+                  if "shared_rel_pos" in n}
+        baseline.fit(run)
+        assert shared and all(torch.equal(run.scorer.get_parameter(n), value) is not learns
+                              for n, value in shared.items())
 
 
-@pytest.mark.parametrize("more, frozen", [
-    (["--freeze_clip"], 100), (["--partial_freeze", "--freeze_layers", 2], 2), ([], -9)])
-def test_batchnorm_of_frozen_stages_does_not_drift(build, more, frozen):
-    """Frozen BatchNorm keeps its statistics bit for bit; that of trained stages moves."""
-    run = build(*more, "--lr", 1e-3, "--epochs", 1, "--augment", "crop", clip="conv")
-    before = snapshot(run.scorer.clip.visual)
-    baseline.fit(run)
-    after, moved = run.scorer.clip.visual.state_dict(), 0
-    for name, value in before.items():
-        is_frozen = frozen == 100 or stage_of("visual." + name) < frozen
-        assert torch.equal(value, after[name]) == is_frozen, name
-        moved += "running" in name and not is_frozen
-    assert moved > 0 or frozen == 100
-
-
-@pytest.mark.parametrize("variant", ["vit", "conv"])
-def test_frozen_modules_are_in_eval_mode_while_training(build, variant):
-    """scorer.train() leaves the frozen parts in eval mode and nothing else."""
-    run = build("--partial_freeze", "--freeze_layers", 2, clip=variant)
-    run.scorer.train()
-    for tower in run.scorer.towers.values():
-        frozen = {m for part in tower.frozen_parts() if isinstance(part, torch.nn.Module)
-                  for m in part.modules()}
-        assert frozen and not any(m.training for m in frozen)
-        assert all(m.training for block in tower.blocks[2:] for m in block.modules())
-    assert run.scorer.quality.training and run.scorer.consistency.training
-
-
-@pytest.mark.parametrize("more, frozen", CASES)
-def test_setup_lines_count_blocks_and_parameters(build, capsys, more, frozen):
+@pytest.mark.parametrize("more, blocks", [
+    (["--freeze_clip"], (4, 3)), ([], (0, 0)), (PARTIAL, (2, 2)), ([*PARTIAL[:2], 4], (4, 3))])
+def test_setup_lines_count_blocks_and_parameters(build, capsys, more, blocks):
     """The lines about the towers say the true numbers."""
     capsys.readouterr()
     run = build(*more)
     lines = capsys.readouterr().out.splitlines()
-    for tower, depth in (("image", 4), ("text", 3)):
-        inside = [(n, p.numel()) for n, p in run.scorer.clip.named_parameters()
-                  if n != "logit_scale" and n.startswith("visual.") == (tower == "image")]
-        count = sum(size for n, size in inside if trains(n, frozen, {"visual": 4, "text": 3}))
-        total = sum(size for _, size in inside)
-        blocks = {None: 0, "all": depth}.get(frozen, frozen)
-        assert (f"{tower} tower: {min(blocks, depth)} of {depth} blocks frozen, "
-                f"{count / 1e6:.2f} M of {total / 1e6:.2f} M parameters train") in lines
+    for tower, place, depth, frozen in (("image", "visual", 4, blocks[0]),
+                                        ("text", "text", 3, blocks[1])):
+        inside = list(run.scorer.clip.get_submodule(place).parameters())
+        count, total = (sum(p.numel() for p in inside if p.requires_grad or of_all)
+                        for of_all in (False, True))
+        assert (f"{tower} tower: {frozen} of {depth} blocks frozen, {count / 1e6:.2f} M of "
+                f"{total / 1e6:.2f} M parameters train") in lines
 
 
-def test_too_many_frozen_blocks_says_the_depth_and_a_suggestion(refused):
-    """--freeze_layers beyond the image tower is refused with its depth and a value that works."""
+def test_freezing_that_cannot_be_is_refused(refused, family):
+    """Too many blocks, with the depth and a value that works, none, or unknown ones."""
     said = refused("--partial_freeze", "--freeze_layers", 5)
     assert "at most 4" in said and "is 5" in said and "--freeze_layers 3" in said
-
-
-def test_a_tower_without_blocks_cannot_be_partly_frozen(refused):
-    """A ModifiedResNet is refused with --partial_freeze, by name and with the ways out."""
-    said = refused("--partial_freeze", "--freeze_layers", 1, clip="modified_resnet")
-    assert "image tower" in said and "ModifiedResNet" in said and "--freeze_clip" in said
-
-
-@pytest.mark.parametrize("more", [["--freeze_clip"], ["--lr", 1e-3]])
-def test_a_tower_without_blocks_can_be_frozen_or_trained_whole(train, more):
-    """A ModifiedResNet works with --freeze_clip and without freezing."""
-    run = train(*more, "--epochs", 1, clip="modified_resnet")
-    state = load(run.folder)["state"]
-    assert ("clip.visual.conv1.weight" in state) == ("--lr" in more)
-    assert ("clip.visual.bn1.running_mean" in state) == ("--lr" in more)
+    assert "at least 1" in refused("--partial_freeze", "--freeze_layers", 0)
+    folder, _ = family("densenet")
+    said = refused("--partial_freeze", "--freeze_layers", 1, clip=folder)
+    assert "image tower" in said and "TimmModel" in said and "--freeze_clip" in said
 
 
 # --- heads ----------------------------------------------------------------------------------
 
+HEADS = [[], ["--no_residual_learning"], ["--use_two_branch"], ["--use_refinement"]]
 
-def scorer(*more, seed=0):
+
+def scorer(*more):
     """Return a CLIPScorer without a CLIP, its heads filled with random weights."""
     args = baseline.parse_args(["--dropout", "0", *map(str, more)])
-    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    made = baseline.CLIPScorer(torch.nn.Identity(), {}, EMBED_DIM, preprocess, args)
-    torch.manual_seed(seed)
+    identity = {"embed_dim": EMBED_DIM, "preprocess": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    made = baseline.CLIPScorer(torch.nn.Identity(), {}, identity, args)
+    torch.manual_seed(0)
     for parameter in made.parameters():
         parameter.data.normal_(0, 0.3)
     return made.eval()
 
 
-def pairs(count=7, seed=3):
+def pairs(count=7):
     """Return random unit-norm image and text embeddings."""
-    torch.manual_seed(seed)
+    torch.manual_seed(3)
     return F.normalize(torch.randn(count, EMBED_DIM)), F.normalize(torch.randn(count, EMBED_DIM))
 
 
 def test_residual_formulas():
     """q and c are base plus scale times delta; the bases are those of the documentation."""
     made, (f, t) = scorer("--residual_scale_q", 0.3, "--residual_scale_c", 0.15), pairs()
-    out = made.score(f, t)
+    before, cosine = torch.linspace(-0.5, 0.5, len(f)), F.cosine_similarity(f, t)
+    out, now = made.score(f, t, before), made.score(f, t)
     a, b, e = made.consistency.affine
     weights = made.quality.base.weight[0] * EMBED_DIM ** 0.5
-    cosine = F.cosine_similarity(f, t)
-    assert_close([out["q_base"], out["c_base"]],
-                 [torch.sigmoid(f @ weights + made.quality.base.bias),
-                  a * (cosine + 1) / 2 + b + e * out["q"]])
-    assert_close([out["q"], out["c"]], [out["q_base"] + 0.3 * out["q_delta"],
-                                       out["c_base"] + 0.15 * out["c_delta"]], 1e-6)
-    assert out["q_delta"].abs().min() > 0 and out["q_delta"].std() > 0.01
-    assert out["c_delta"].abs().min() > 0 and out["c_delta"].std() > 0.01
-
-
-def test_residual_is_bounded_by_its_scale():
-    """However large the learned residual, the score stays within scale of the base."""
-    made, (f, t) = scorer("--residual_scale_q", 0.3, "--residual_scale_c", 0.15), pairs(50)
+    assert_close([out["q_base"]], [torch.sigmoid(f @ weights + made.quality.base.bias)])
+    for scored, s0 in ((out, before), (now, cosine)):
+        assert_close([scored["c_base"]], [a * (s0 + 1) / 2 + b + e * out["q"]])
+    assert torch.equal(out["c_delta"], now["c_delta"])  # it reads the cosine as it is now
+    for target, scale in (("q", 0.3), ("c", 0.15)):
+        delta = out[f"{target}_delta"]
+        assert_close([out[target]], [out[f"{target}_base"] + scale * delta], 1e-6)
+        assert delta.abs().min() > 0 and delta.std() > 0.01
     for parameter in (*made.quality.delta.parameters(), *made.consistency.delta.parameters()):
         parameter.data.mul_(100)
-    out = made.score(f, t)
-    for target, bound in (("q", 0.3), ("c", 0.15)):
-        distance = (out[target] - out[f"{target}_base"]).abs()
-        assert distance.max() <= bound + 1e-6 and distance.max() > 0.99 * bound
+    out = made.score(*pairs(50))
+    for target, scale in (("q", 0.3), ("c", 0.15)):  # however large, it stays within its scale
+        distance = (out[target] - out[f"{target}_base"]).abs().max()
+        assert 0.99 * scale < distance <= scale + 1e-6
 
 
 @pytest.mark.parametrize("more", [[], ["--use_two_branch"], ["--use_refinement"]])
 def test_the_residual_starts_at_zero(build, more):
     """Before training, both scores are their bases, bit for bit."""
-    run = build("--freeze_clip", *more)
-    out = baseline.evaluate(run, run.parts["val"])
+    out, _ = baseline.evaluate(build("--freeze_clip", *more), "val")
     assert np.array_equal(out["q"], out["q_base"]) and np.array_equal(out["c"], out["c_base"])
     assert np.ptp(out["q"]) > 0 and np.ptp(out["c"]) > 0
 
@@ -503,10 +575,9 @@ def test_direct_formulas():
     weights = made.quality.base.weight[0] * EMBED_DIM ** 0.5
     assert_close([out["q"]], [torch.sigmoid(f @ weights + made.quality.base.bias)])
     assert 0 < out["c"].min() and out["c"].max() < 1 and out["c"].std() > 0.01
-    assert (out["q_delta"] == 0).all() and (out["c_delta"] == 0).all()
-    before = out["c"]
+    assert not out["q_delta"].any() and not out["c_delta"].any()
     made.consistency.affine.data.mul_(5)
-    assert torch.equal(made.score(f, t)["c"], before)  # CLIP's base is no part of it
+    assert torch.equal(made.score(f, t)["c"], out["c"])  # CLIP's base is no part of it
 
 
 @pytest.mark.parametrize("more", [[], ["--no_residual_learning"]])
@@ -515,89 +586,71 @@ def test_two_branch_formula(more):
     made, (f, t) = scorer("--use_two_branch", *more), pairs()
     out, cosine = made.score(f, t), F.cosine_similarity(f, t)
     a, b, e = made.consistency.affine
-    x = baseline.pair_features(f, t, cosine)
-    mlp = torch.sigmoid(made.consistency.branch(x)[:, 0])
+    mlp = torch.sigmoid(made.consistency.branch(baseline.pair_features(f, t, cosine)))
     base = (torch.sigmoid(a * cosine + b + e * out["q"]) + mlp) / 2
     assert_close([out["c_base"]], [base])
+    assert_close([out["c"]], [base if more else base + 0.2 * out["c_delta"]])
     assert mlp.std() > 0.01
-    delta = 0.0 if more else out["c_delta"]
-    assert_close([out["c"]], [base + 0.2 * delta])
 
 
 def test_refinement_corrects_a_detached_score_within_its_bound():
-    """The refined score is within scale of the coarse one and sends it no gradient."""
+    """It reads image, text and coarse score, is within scale of it and sends it no gradient."""
     made, (f, t) = scorer("--use_refinement", "--refinement_layers", 1, "--refinement_heads", 2,
                           "--refinement_dim", 16, "--residual_scale_c", 0.1), pairs(30)
     out = made.score(f, t)
     distance = (out["c"] - out["c_coarse"]).abs()
     assert 0 < distance.min() and distance.max() <= 0.1 + 1e-6 and distance.std() > 1e-3
-    refined = torch.autograd.grad(out["c"].sum(), [*made.refinement.parameters(),
-                                                   *made.consistency.parameters()],
-                                  retain_graph=True, allow_unused=True)
-    count = len(list(made.refinement.parameters()))
-    assert all(g is not None for g in refined[:count])
-    assert all(g is None or not g.any() for g in refined[count:])
-    coarse = torch.autograd.grad(out["c_coarse"].sum(), list(made.consistency.parameters()))
-    assert all(g.any() for g in coarse)
-
-
-def test_refinement_reads_image_text_and_coarse_score():
-    """Each of the three tokens changes the correction."""
-    made, (f, t) = scorer("--use_refinement", "--refinement_dim", 16), pairs()
+    refinement, heads = list(made.refinement.parameters()), list(made.consistency.parameters())
+    grads = torch.autograd.grad(out["c"].sum(), refinement + heads, retain_graph=True,
+                                allow_unused=True)
+    assert all(g is None or not g.any() for g in grads[len(refinement):])
+    assert all(g is not None for g in grads[:len(refinement)])
+    assert all(g.any() for g in torch.autograd.grad(out["c_coarse"].sum(), heads))
     coarse = torch.linspace(0, 1, len(f))
-    base = made.refinement(f, t, coarse) - coarse
-    assert not torch.allclose(made.refinement(f.flip(0), t, coarse) - coarse, base, atol=1e-4)
-    assert not torch.allclose(made.refinement(f, t.flip(0), coarse) - coarse, base, atol=1e-4)
-    assert not torch.allclose(made.refinement(f, t, 1 - coarse) - (1 - coarse), base, atol=1e-4)
+    plain = made.refinement(f, t, coarse) - coarse
+    for x in ((f.flip(0), t, coarse), (f, t.flip(0), coarse), (f, t, 1 - coarse)):
+        assert not torch.allclose(made.refinement(*x) - x[2], plain, atol=1e-4)
 
 
-@pytest.mark.parametrize("more", [[], ["--no_residual_learning"], ["--use_two_branch"],
-                                  ["--use_refinement"]])
-def test_quality_is_blind_to_the_prompt_and_consistency_is_not(more):
-    """Shuffled prompts leave quality as it is, bit for bit, and change consistency."""
+@pytest.mark.parametrize("more", HEADS)
+def test_quality_is_blind_to_the_prompt_and_learns_from_its_own_scores(more):
+    """Shuffled prompts change consistency alone; it leans on quality, but sends it no gradient."""
     made, (f, t) = scorer(*more), pairs()
     plain, shuffled = made.score(f, t), made.score(f, t.roll(1, 0))
-    for key in ("q", "q_base", "q_delta"):
-        assert torch.equal(plain[key], shuffled[key])
+    assert all(torch.equal(plain[key], shuffled[key]) for key in ("q", "q_base", "q_delta"))
     assert (plain["c"] - shuffled["c"]).abs().min() > 1e-6
-
-
-@pytest.mark.parametrize("more", [[], ["--use_two_branch"]])
-def test_quality_moves_consistency_and_gets_no_gradient_from_it(more):
-    """The base leans on the quality score, whose head learns from human quality scores alone."""
-    made, (f, t) = scorer(*more), pairs()
-    gradients = torch.autograd.grad(made.score(f, t)["c"].sum(), list(made.quality.parameters()),
-                                    allow_unused=True)
-    assert all(gradient is None for gradient in gradients)
-    before = made.score(f, t)["c_base"]
+    assert set(torch.autograd.grad(plain["c"].sum(), list(made.quality.parameters()),
+                                   allow_unused=True)) == {None}
     made.quality.base.bias.data += 1
-    assert (made.score(f, t)["c_base"] - before).abs().min() > 1e-4
+    assert (made.score(f, t)["c_base"] - plain["c_base"]).abs().min() > 1e-4
 
 
-def test_the_whole_scorer_sees_prompt_and_picture(build):
-    """Through the towers too: prompts move c alone, a black picture moves both scores."""
-    run = build("--partial_freeze", "--freeze_layers", 1, "--cache", "off")
+def test_the_whole_scorer_sees_prompt_and_picture_in_float32(build):
+    """With bf16 towers: prompts move c alone, a black picture both; scores are float32."""
+    run = build("--partial_freeze", "--freeze_layers", 1, "--cache", "off", "--precision", "bf16")
     run.scorer.eval()
     for head in (run.scorer.quality, run.scorer.consistency):
-        torch.nn.init.normal_(head.delta[-1].weight, 0, 0.3)
-    pixels = decoded(run, range(9))
-    ids = run.table.prompt_id[[0, 4, 8, 12, 16, 20, 24, 28, 32]]
+        torch.nn.init.normal_(head.delta[-2].weight, 0, 0.3)
+    views = baseline.plan_views(np.arange(0, 36, 4))  # a picture of each prompt
+    pixels, prompts = decoded(run, views.row), run.table.frame["prompt_id"].to_numpy()
 
-    def predict(pixels, ids):
-        with torch.no_grad():
-            return run.scorer(run.images.boundary(pixels), *run.texts.fetch(ids))
-    plain, other = predict(pixels, ids), predict(pixels, np.roll(ids, 1))
+    def predict(pixels, prompts):
+        run.table.frame["prompt_id"] = prompts
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            x = run.scorer.towers["image"].prefix(run.scorer.pixels(pixels))
+            return baseline.forward(run, run.scorer, views, x)
+    plain, other = predict(pixels, prompts), predict(pixels, np.roll(prompts, 4))
+    black = predict(torch.zeros_like(pixels), prompts)
+    assert {value.dtype for value in plain.values()} == {torch.float32}
     assert torch.equal(plain["q"], other["q"])
-    assert (plain["c"] - other["c"]).abs().min() > 1e-6
-    black = predict(torch.zeros_like(pixels), ids)
-    assert (plain["q"] - black["q"]).abs().min() > 1e-6
-    assert (plain["c"] - black["c"]).abs().min() > 1e-6
+    for a, b in ((plain["c"], other["c"]), (plain["q"], black["q"]), (plain["c"], black["c"])):
+        assert (a - b).abs().min() > 1e-6
 
 
 @pytest.mark.parametrize("more, key", [
     ([], "q_delta"), ([], "c_delta"), (["--no_residual_learning"], "q"),
     (["--no_residual_learning"], "c"), (["--use_two_branch"], "c_base"),
-    (["--use_refinement"], "refinement"), (["--use_explanations"], "explanation")])
+    (["--use_refinement"], "refined"), (["--use_explanations"], "explanation")])
 def test_dropout_reaches_every_head(more, key):
     """In training mode with dropout each head's output is random; without dropout it is not."""
     f, t = pairs()
@@ -606,50 +659,45 @@ def test_dropout_reaches_every_head(more, key):
 
         def output(made=made):
             out = made.score(f, t)
-            return out["c"] - out["c_coarse"] if key == "refinement" else out[key]
+            return out["c"] - out["c_coarse"] if key == "refined" else out[key]
         assert torch.equal(output(), output())  # eval mode
         made.train()
         assert torch.equal(output(), output()) is not random
 
 
-def test_heads_run_in_float32_under_autocast(build):
-    """With bf16 towers the scores are still float32."""
-    run = build("--partial_freeze", "--freeze_layers", 1, "--precision", "bf16", "--cache", "off")
-    view = baseline.plain_views(run.parts["val"], 4)[0]
-    out = baseline.forward(run, view, next(run.images.stream([view])))
-    assert {value.dtype for value in out.values()} == {torch.float32}
+# --- losses and explanations ----------------------------------------------------------------
 
 
-# --- explanations ---------------------------------------------------------------------------
-
-
-def test_explanation_loss_is_one_minus_cosine_over_rows_that_have_one():
-    """Rows without an explanation give neither loss nor gradient."""
-    args = SimpleNamespace(w_q=0.5, w_c=0.25, w_exp=2.0)
+def test_losses_follow_their_formulas():
+    """Each image's losses: squared errors, the coarse score's too, and 1 - cosine."""
     torch.manual_seed(0)
-    out = {"q": torch.rand(4), "c": torch.rand(4),
-           "explanation": torch.randn(4, 6, requires_grad=True)}
-    teacher, has = F.normalize(torch.randn(4, 6)), torch.tensor([True, False, True, False])
-    batch = {"q": torch.rand(4), "c": torch.rand(4), "weight": 1 / 4, "weight_exp": 1 / 2,
-             "teacher": teacher, "has_teacher": has}
-    sums, total = baseline.losses(out, batch, args)
-    cosine = F.cosine_similarity(out["explanation"], teacher)
-    explain = (1 - cosine[0] + 1 - cosine[2]) / 2
-    want = (0.5 * (out["q"] - batch["q"]).square().mean()
-            + 0.25 * (out["c"] - batch["c"]).square().mean() + 2.0 * explain)
-    assert torch.allclose(total, want) and torch.allclose(sums["exp"], 2 * explain)
-    total.backward()
-    grad = out["explanation"].grad
-    assert not grad[~has].any() and grad[has].abs().sum(1).min() > 0
+    out = {name: torch.rand(4) for name in ("q", "c")} | {"explanation": torch.randn(4, 6)}
+    batch = {"q": torch.rand(4), "c": torch.rand(4), "teacher": F.normalize(torch.randn(4, 6))}
+    plain = baseline.losses(out, batch)
+    assert plain.keys() == {"q", "c", "exp"}
+    cosine = F.cosine_similarity(out["explanation"], batch["teacher"])
+    assert_close(plain.values(), [(out["q"] - batch["q"]) ** 2, (out["c"] - batch["c"]) ** 2,
+                                  1 - cosine])
+    coarse = torch.rand(4)
+    refined = baseline.losses({**out, "c_coarse": coarse}, batch)["c"]
+    assert_close([refined], [plain["c"] + (coarse - batch["c"]) ** 2])
 
 
-def test_a_refined_consistency_also_trains_its_coarse_score():
-    """The loss of a refined consistency adds the error of the coarse one."""
-    args = SimpleNamespace(w_q=0.5, w_c=0.5, w_exp=0.1)
-    out = {"q": torch.zeros(2), "c": torch.tensor([0.5, 0.0]), "c_coarse": torch.tensor([1.0, 0])}
-    batch = {"q": torch.zeros(2), "c": torch.zeros(2), "weight": 0.5}
-    sums, total = baseline.losses(out, batch, args)
-    assert float(sums["c"]) == 0.25 + 1 and float(total) == 0.5 * 0.5 * 1.25
+def test_each_window_weighs_what_its_flags_say(build, data):
+    """A window's weights are --w_<loss> / the images that have it: rows without one weigh 0."""
+    run = build("--freeze_clip", "--use_explanations", "--w_q", 0.5, "--w_c", 0.25, "--w_exp", 2,
+                "--batch_size", 4, "--grad_accum_steps", 2)
+    views = baseline.plan_views(run.parts["train"], run.args, run.seed, 1)
+    weights = baseline.loss_weights(run, views)
+    told = {row["name"]: row["explanation"] for row in data.rows}
+    has = np.array([told[name] != "" for name in run.table.frame["name"].iloc[views.row]])
+    assert 0 < has.sum() < len(has) and len(views) % 8
+    for start in range(0, len(views), 8):
+        window = slice(start, start + 8)
+        count = len(views[window])
+        assert weights["q"][window] == pytest.approx([0.5 / count] * count)
+        assert weights["c"][window] == pytest.approx([0.25 / count] * count)
+        assert weights["exp"][window] == pytest.approx(2 * has[window] / has[window].sum())
 
 
 def test_the_teacher_is_the_pretrained_text_tower_and_does_not_move(build, clips):
@@ -663,12 +711,4 @@ def test_the_teacher_is_the_pretrained_text_tower_and_does_not_move(build, clips
     assert not run.teacher.requires_grad
     baseline.fit(run)
     assert torch.equal(run.teacher, before)
-    row = run.state["log"][0]
-    assert 0.3 < row["train_loss_exp"] < 2
-
-
-def test_empty_explanations_change_nothing(build, data):
-    """The rows with an empty explanation are exactly those without a teacher."""
-    run = build("--freeze_clip", "--use_explanations")
-    empty = {row["name"] for row in data.rows if not row["explanation"]}
-    assert set(run.table.frame["name"][run.table.explanation_id < 0]) == empty and empty
+    assert 0.3 < run.progress["log"][0]["train_loss_exp"] < 2
