@@ -2463,7 +2463,7 @@ def draw_curves(log, best_epoch, floors, path):
             log.plot("epoch", [f"train_{name}", f"val_{name}"], style=[".--", ".-"], ax=axis,
                      color=COLOURS[name[-1]], title=name.upper(), grid=True)
             for (floor, found), line in zip(floors.items(), ("-.", ":", "--")):
-                if name in found:
+                if np.isfinite(found.get(name, np.nan)):
                     axis.axhline(found[name], linestyle=line, color=COLOURS["s"],
                                  label=f"{FLOORS[floor]} {found[name]:.3f}")
             axis.axvline(best_epoch, color="black", linewidth=0.8, alpha=0.5,

@@ -19,23 +19,21 @@ import baseline
 PROGRAM = str(Path(baseline.__file__).resolve())
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
             "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 # CLIP's keys have a bias without a gradient, whose rounding AdamW blows up to lr per update.
-COMMON = ["--lr", 3e-6, "--head_lr", 1e-4, "--dropout", 0, "--max_grad_norm", 0,
-          "--warmup_ratio", 0, "--epochs", 1]
+COMMON = "--lr 3e-6 --head_lr 1e-4 --dropout 0 --max_grad_norm 0 --warmup_ratio 0 --epochs 1".split()
 ODD = ["--split_by", "image", "--val_ratio", 0.3]  # 25 training images
 CASES = {  # name: (flags, images per step of one process, of each of two)
     "frozen": (["--freeze_clip", "--test_ratio", 0.2], 8, 4),
     "partial": (["--partial_freeze", "--freeze_layers", 2, *ODD, "--grad_accum_steps", 2,
                  "--use_explanations", "--use_refinement"], 6, 3),
     "full": (["--no_residual_learning", "--augment", "crop", *ODD], 8, 4)}
+MOMENTS = "exp_avg", "exp_avg_sq"
 LONG = ["--partial_freeze", "--freeze_layers", 2, "--epochs", 2]
 
-# Run {name: argv} in one start of two processes; write each one's status and evaluated rows.
-# to_1 is stopped in its second epoch; in `others` rank 1 is told another seed.
+# Run {name: argv} in one start of two processes; write each one's status and evaluated rows. to_1
+# is stopped in its second epoch; in `others` rank 1 is told another seed.
 SCRIPT = """
 import json, sys
-from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import baseline
 forward, train_one_epoch, seen = baseline.forward, baseline.train_one_epoch, []
@@ -48,21 +46,22 @@ def train(run, epoch):
     return train_one_epoch(run, epoch)
 baseline.forward, baseline.train_one_epoch = note, train
 with baseline.processes():
-    for name, argv in json.loads(Path(sys.argv[1]).read_text()).items():
+    for name, argv in json.load(open(sys.argv[1])).items():
         print("command", name, flush=True)
         status = seen.clear() or 0
         try:
             baseline.main(argv + ["--seed=7"] * (name == "others") * baseline.RANK)
         except SystemExit as end:
             status = int(end.code)
-        Path(f"{sys.argv[1]}.{name}.{baseline.RANK}").write_text(json.dumps([status, seen]))
+        with open(f"{sys.argv[1]}.{name}.{baseline.RANK}", "w") as file:
+            json.dump([status, seen], file)
 """
 
 
 def launch(*command):
     """Run a command under torchrun; returns what subprocess.run does."""
-    return subprocess.run([*TORCHRUN, *map(str, command)], env=ENVIRONMENT, timeout=120,
-                          capture_output=True, text=True)
+    command = [*TORCHRUN, *map(str, command)]
+    return subprocess.run(command, timeout=120, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +75,9 @@ def broken(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(data, broken, clips, tmp_path_factory):
-    """Do everything with one process and with two; returns the folder of all outputs.
+    """Do all with one process and with two, <case>_1 and <case>_2; returns the outputs' folder.
 
-    <case>_1, <case>_2: one and two processes; to_2, to_1: stopped after an epoch and gone on with
-    as many processes, whole: not stopped; stdout, stderr: what two processes said.
+    to_2, to_1: stopped after an epoch and gone on with as many processes; whole: not stopped.
     """
     folder, real = tmp_path_factory.mktemp("distributed"), baseline.train_one_epoch
 
@@ -88,11 +86,6 @@ def runs(data, broken, clips, tmp_path_factory):
                 f"local-dir:{clips()}", "--output_dir", folder / name, "--batch_size", batch,
                 "--num_workers", 0, "--no_plots", *COMMON, *more]
 
-    def predict(name):
-        return ["--predict", data.csv, "--image_base_dir", broken, "--checkpoint",
-                folder / "frozen_1/baseline_best.pt", "--predictions_csv", folder / name,
-                "--batch_size", 7]
-
     for name, (more, batch, _) in CASES.items():
         baseline.main(flags(f"{name}_1", batch, *more))
     baseline.main(flags("whole", 8, *LONG))
@@ -100,13 +93,15 @@ def runs(data, broken, clips, tmp_path_factory):
         patch.setattr(baseline, "train_one_epoch", lambda run, epoch: (
             real(run, epoch) if epoch == 1 else signal.raise_signal(signal.SIGTERM)))
         baseline.main(flags("to_2", 8, *LONG))
+    predict = ["--predict", data.csv, "--image_base_dir", broken, "--batch_size", 7, "--checkpoint",
+               folder / "frozen_1" / "baseline_best.pt", "--predictions_csv"]
     with pytest.raises(SystemExit):
-        baseline.main(predict("predictions_1.csv"))
+        baseline.main([*predict, folder / "predictions_1.csv"])
     go_on = {n: ["--resume_from", folder / f"to_{n}" / "baseline_last.pt"] for n in (1, 2)}
     commands = {name: flags(f"{name}_2", batch, *more) for name, (more, _, batch) in CASES.items()}
     commands |= {
         "to_2": go_on[2], "to_1": flags("to_1", 4, *LONG), "others": flags("others", 8),
-        "predict": predict("predictions_2.csv"),
+        "predict": [*predict, folder / "predictions_2.csv"],
         "skip": flags("skip", 8, "--freeze_clip", "--skip_bad_images", "--image_base_dir", broken),
         "repeats": flags("repeats", 8, "--freeze_clip", "--freeze_layers", 3, "--repeats", 2)}
     (folder / "script.py").write_text(SCRIPT)
@@ -137,27 +132,22 @@ def assert_same_training(a, b):
     one, two = load(a), load(b)
     torch.testing.assert_close(one["state"], two["state"], atol=1e-6, rtol=0)
     # AdamW hardly depends on the gradient's scale: its moments do.
-    moments = [content["optimizer"]["state"] for content in (one, two)]
-    assert set(moments[0]) == set(moments[1])
-    for key, moment in moments[0].items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            x, y = moment[name], moments[1][key][name]
-            assert float((x - y).abs().max()) <= 1e-4 * float(x.abs().max()) + 1e-8, name
-    assert max(float(moment["exp_avg"].abs().max()) for moment in moments[0].values()) > 1e-3
+    one, two = one["optimizer"]["state"], two["optimizer"]["state"]
+    assert set(one) == set(two)
+    for x, y in [(one[key][name], two[key][name]) for key in one for name in MOMENTS]:
+        assert float((x - y).abs().max()) <= 1e-4 * float(x.abs().max()) + 1e-8
+    assert max(float(moment["exp_avg"].abs().max()) for moment in one.values()) > 1e-3
     logs = [pd.read_csv(folder / "training_log.csv").drop(columns="seconds") for folder in (a, b)]
     unlike = [name for name in logs[0] if "krocc" in name]  # a tie that is none weighs 1e-2
     pd.testing.assert_frame_equal(*(log.drop(columns=unlike) for log in logs), atol=1e-5, rtol=1e-6)
-    results = [read_json(folder / "result.json") for folder in (a, b)]
+    one, two = (read_json(folder / "result.json") for folder in (a, b))
     for name in ("train_rmse_q", "train_rmse_c", "val_rmse_q", "val_rmse_c", "split"):
-        assert results[0][name] == pytest.approx(results[1][name], abs=1e-6), name
+        assert one[name] == pytest.approx(two[name], abs=1e-6), name
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_what_one_does(runs, case):
-    """Same global batch, same weights, also where the last batch leaves one process nothing.
-
-    Computed in two shares, the cache has the names and the bytes that one process writes.
-    """
+    """Same weights and cache, also where the last batch leaves one process nothing."""
     assert status_of(runs, case) == [0, 0]
     assert_same_training(runs / f"{case}_1", runs / f"{case}_2")
     one, two = ({path.name: path.read_bytes() for path in (runs / f"{case}_{n}/cache").iterdir()}
@@ -224,7 +214,7 @@ def test_a_process_that_refuses_an_image_ends_all(flags, data, broken, tmp_path)
     began = time.monotonic()
     done, bad = launch(PROGRAM, *flags("--image_base_dir", broken)), data.rows[-1]["name"]
     assert done.returncode != 0 and time.monotonic() - began < 60
-    assert done.stderr.count(f"baseline.py: error: Every image must be readable, but {broken / bad}") == 1
+    assert done.stderr.count(f"error: Every image must be readable, but {broken / bad}") == 1
     assert PROGRAM not in done.stderr.replace(f"{PROGRAM} FAILED", "")  # no traceback of ours
     assert not [*(tmp_path / "out").rglob("*.pt"), *(tmp_path / "out").rglob(".*")]
     assert "epoch" not in done.stdout
@@ -233,17 +223,15 @@ def test_a_process_that_refuses_an_image_ends_all(flags, data, broken, tmp_path)
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_killed_process_ends_the_others(flags, tmp_path):
     """After a SIGKILL of one process the command ends in seconds; its checkpoints are whole."""
-    process = subprocess.Popen(
-        [*TORCHRUN, PROGRAM, *flags("--freeze_clip", "--epochs", 100_000)], env=ENVIRONMENT,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = [*TORCHRUN, PROGRAM, *flags("--freeze_clip", "--epochs", 100_000)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not process.stdout.readline().startswith("epoch   2"):
             assert process.poll() is None
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) == 2
         os.kill(int(children[1]), signal.SIGKILL)
-        process.stdout.read()
-        assert process.wait(30) != 0
+        assert process.communicate(timeout=60) and process.returncode != 0
     finally:
         process.kill()
     assert load(tmp_path / "out")["progress"]["epoch"] >= 1
