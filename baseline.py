@@ -727,11 +727,15 @@ def recomputed(block):
 
     @contextlib.contextmanager
     def without_statistics():  # BatchNorm has counted this batch already
-        for norm in norms:
-            norm.track_running_stats = False
-        yield
-        for norm in norms:
-            norm.track_running_stats = True
+        kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+        try:
+            for norm in norms:
+                norm.momentum = 0.0
+            yield
+        finally:  # torch leaves by an exception where nothing more is needed
+            for norm, momentum, count in kept:
+                norm.momentum = momentum
+                norm.num_batches_tracked.copy_(count)
 
     def forward(*args, **kwargs):
         if not torch.is_grad_enabled():
@@ -1967,7 +1971,7 @@ def load_checkpoint(path):
         beside = [other for other in path.parent.glob("baseline_*.pt") if other != path]
         raise UserError(f"{path} cannot be used as a checkpoint of baseline.py ({reason}): give a "
                         f"baseline_last.pt or baseline_best.pt"
-                        + f", like {beside[0]}" * bool(beside)) from error
+                        + (f", like {beside[0]}" if beside else "")) from error
 
 
 def take_over_settings(args, content):

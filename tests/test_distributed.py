@@ -20,7 +20,7 @@ PROGRAM = str(Path(baseline.__file__).resolve())
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
             "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 # CLIP's keys have a bias without a gradient, whose rounding AdamW blows up to lr per update.
-COMMON = "--lr 3e-6 --head_lr 1e-4 --dropout 0 --max_grad_norm 0 --warmup_ratio 0 --epochs 1".split()
+COMMON = "--lr 3e-6 --head_lr 1e-4 --dropout 0 --max_grad_norm 0 --warmup_ratio 0".split()
 ODD = ["--split_by", "image", "--val_ratio", 0.3]  # 25 training images
 CASES = {  # name: (flags, images per step of one process, of each of two)
     "frozen": (["--freeze_clip", "--test_ratio", 0.2], 8, 4),
@@ -84,7 +84,7 @@ def runs(data, broken, clips, tmp_path_factory):
     def flags(name, batch, *more):
         return ["--data_csv_path", data.csv, "--image_base_dir", data.images, "--clip_model",
                 f"local-dir:{clips()}", "--output_dir", folder / name, "--batch_size", batch,
-                "--num_workers", 0, "--no_plots", *COMMON, *more]
+                "--num_workers", 0, "--no_plots", "--epochs", 1, *COMMON, *more]
 
     for name, (more, batch, _) in CASES.items():
         baseline.main(flags(f"{name}_1", batch, *more))

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.stats
 import torch
 from conftest import COLUMNS, draw, load, read_csv, read_json, write_csv
 from PIL import Image
