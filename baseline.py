@@ -520,7 +520,7 @@ def load_clip(args, seed):
                 open_clip.load_checkpoint(model, pretrained)
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, hub, pickle, zip, safetensors: each in its own ways
-        reason = (str(error).strip() or repr(error)).splitlines()[-1][:200]
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         raise UserError(f"--clip_model {name} --pretrained {pretrained} cannot be loaded "
                         f"({reason}). The model is a name that open_clip knows, or local-dir:PATH "
                         f"with open_clip_config.json and weights; --pretrained is none, a file of "
@@ -623,7 +623,7 @@ class Tower:
         before, after = (depends_on(y, parameters) for y in (boundary, out))
         for parameter in self.encoder.parameters():
             parameter.requires_grad_(parameter in after and parameter not in before)
-        if not torch.allclose(out, whole, atol=1e-4):
+        if not torch.allclose(out, whole, atol=1e-4, equal_nan=True):
             raise UserError(f"--partial_freeze cannot split a {type(self.encoder).__name__} like "
                             f"this after block {self.frozen}: use --freeze_clip, or no freezing.")
 
@@ -1142,7 +1142,8 @@ def epoch_summary(run, views, outputs, names):
     rows = views.row[np.concatenate([places for places, _ in outputs])]
     values = np.concatenate([value for _, value in outputs], axis=1)
     bad = ~np.isfinite(values).all(axis=0)
-    if bad.any() and not (run.scaler.is_enabled() and np.isfinite(outputs[-1][1]).all()):
+    recovered = any(np.isfinite(value).all() for _, value in outputs[-3:])
+    if bad.any() and not (run.scaler.is_enabled() and recovered):
         names = frame["name"].iloc[rows[bad]]
         raise UserError(f"The loss must be finite, but it is not for {', '.join(names[:8])}"
                         f"{', ..' * (len(names) > 8)}: lower --lr or use --precision bf16 or fp32; "
@@ -1243,7 +1244,7 @@ def set_up(args, table, seed):
     antonyms = texts_of("antonyms", ["Good photo.", "Bad photo."]).embed()
     images = ImageInputs(scorer, table, key, args, device)
     texts = texts_of("prompts", table.prompts, keep=True)
-    f, t = images.embed(), texts.embed()[table.frame["prompt_id"].to_numpy()]
+    f, t = images.embed(), texts.embed()[table.frame["prompt_id"].to_numpy(copy=True)]
     if not (f.isfinite().all() and t.isfinite().all()):
         raise UserError(f"The embeddings of {args.clip_model} must be finite, but are not in "
                         f"{args.precision}: use --precision fp32, or other weights.")
@@ -1255,7 +1256,7 @@ def set_up(args, table, seed):
         tower.tune(args)
     model = scorer if WORLD == 1 else nn.parallel.DistributedDataParallel(
         scorer, broadcast_buffers=False, find_unused_parameters=args.no_residual_learning)
-    mos = {target: torch.tensor(table.frame[target].to_numpy(), device=device)
+    mos = {target: torch.from_numpy(table.frame[target].to_numpy(copy=True)).to(device)
            for target in TARGETS}
     return Run(args, seed, device, table, parts, identity, scorer, model, images, texts, mos,
                s0.to(device), teacher, floors, make_optimizer(scorer, args),
@@ -1313,6 +1314,7 @@ def run_command(args):
     caught = ((signal.SIGINT, signal.SIGTERM)
               if threading.current_thread() is threading.main_thread() else ())
     handlers = {number: signal.signal(number, stop) for number in caught}
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # load_image refuses them
     try:
         with processes():
             row = predict(args) if args.predict else train(args)
@@ -1522,11 +1524,16 @@ def make_room(path, kind, size, args):
     """Delete the least recently used cache files until `size` bytes fit; return whether they do."""
     folder, limit = path.parent, args.cache_max_gb * 1e9
     folder.mkdir(parents=True, exist_ok=True)
-    files = [*folder.glob("*.npy"), *folder.glob(".*.npy.*")]  # what killed runs left, too
-    files.sort(key=lambda file: file.stat().st_mtime)
-    while files and size <= limit < size + sum(file.stat().st_size for file in files):
-        print(f"cache: removed {files[0].name}, the least recently used: see --cache_max_gb")
-        files.pop(0).unlink()
+    files = []
+    for file in (*folder.glob("*.npy"), *folder.glob(".*.npy.*")):
+        with contextlib.suppress(OSError):  # another run may have renamed or deleted it
+            stat = file.stat()
+            if file.suffix == ".npy" or time.time() - stat.st_mtime > 3600:  # of a killed run
+                files.append((stat.st_mtime, stat.st_size, file))
+    files.sort()
+    while files and size <= limit < size + sum(size for _, size, _ in files):
+        print(f"cache: removed {files[0][2].name}, the least recently used: see --cache_max_gb")
+        files.pop(0)[2].unlink(missing_ok=True)
     fits = size <= min(limit, shutil.disk_usage(folder).free)
     if not fits:
         print(f"cache: going on without the {kind} cache, its {size / 1e9:.2f} GB exceed "
@@ -1968,7 +1975,8 @@ def load_checkpoint(path):
         return content
     except Exception as error:  # zip, pickle and tensor errors all mean the same to a user
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        beside = [other for other in path.parent.glob("baseline_*.pt") if other != path]
+        beside = [other for other in path.parent.glob("baseline_*.pt")
+                  if not path.is_file() or not other.samefile(path)]
         raise UserError(f"{path} cannot be used as a checkpoint of baseline.py ({reason}): give a "
                         f"baseline_last.pt or baseline_best.pt"
                         + (f", like {beside[0]}" if beside else "")) from error

@@ -1,4 +1,4 @@
-"""Nothing lost, nothing let in: the damage is really done, and a clear error is all that follows."""
+"""Nothing lost, nothing let in: the damage is really done, a clear error is all that follows."""
 
 import contextlib
 import itertools
@@ -142,8 +142,8 @@ def png(width, height, body=b""):
     def chunk(kind, text):
         return (struct.pack(">I", len(text)) + kind + text
                 + struct.pack(">I", zlib.crc32(kind + text)))
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 BAD_IMAGES = {
