@@ -1277,8 +1277,9 @@ def train_one_run(args, table, seed, content=None):
         row["seconds"] = round(time.perf_counter() - began, 1)
         keep_records(run, preds, row)
     except KeyboardInterrupt:
-        last = shlex.quote(str(Path(args.output_dir, "baseline_last.pt")))
-        again = args.command if args.repeats > 1 else f"--resume_from {last}"
+        last = Path(args.output_dir, "baseline_last.pt")
+        again = (f"--resume_from {shlex.quote(str(last))}"
+                 if args.repeats == 1 and last.exists() else args.command)
         print(f"\nstopped; go on with: python baseline.py {again}")
         raise
     return row
@@ -1921,13 +1922,13 @@ def save_checkpoint(run, best):
                "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
                "progress": run.progress, "processes": WORLD}
     last, top = (Path(run.args.output_dir, f"baseline_{name}.pt") for name in ("last", "best"))
-    with writing(top if best else last) as half, open(half, "wb") as file:
+    with writing(top if best else last) as half:
         try:
-            torch.save(content, file)
-        except RuntimeError as error:  # torch's zip writer hides a full disk behind its own
-            raise OSError(str(error.__context__ or error).splitlines()[0]) from error
-        file.flush()
-        os.fsync(file.fileno())
+            torch.save(content, half)  # by its path: a signal inside of a Python file would be lost
+        except RuntimeError as error:  # which is how torch says that the disk is full
+            raise OSError(str(error).splitlines()[0]) from error
+        with open(half, "r+b") as file:
+            os.fsync(file.fileno())
     if best:
         with writing(last) as half:
             half.unlink(missing_ok=True)
@@ -2256,11 +2257,12 @@ def json_text(value, indent=1):
 
 
 def append_run(args, row):
-    """Add a row to <output_dir>/runs.csv; columns of other runs stay, and so do their texts."""
-    path = Path(args.output_dir, "runs.csv")
-    before = [pd.read_csv(path, dtype=str, keep_default_na=False)] if path.exists() else []
-    own = pd.DataFrame([row | {"advice": "; ".join(row["advice"])}])
-    save_text(path, pd.concat([*before, own]).to_csv(index=False))
+    """Add a row to <output_dir>/runs.csv, once; columns and texts of other runs stay."""
+    path, own = Path(args.output_dir, "runs.csv"), row | {"advice": "; ".join(row["advice"])}
+    before = read_csv(path) if path.exists() else pd.DataFrame()
+    key = ["time", "checkpoint"]
+    if not before.reindex(columns=key).eq([row[name] for name in key]).all(axis=1).any():
+        save_text(path, pd.concat([before, pd.DataFrame([own])]).to_csv(index=False))
 
 
 def write_config(run):
@@ -2328,9 +2330,10 @@ def train_repeats(args, table):
             content = load_checkpoint(last) if last.exists() else None
             own = argparse.Namespace(**vars(args) | {
                 "output_dir": str(folder), "resume_from": str(last) if content else None})
-            append_run(args, train_one_run(own, table, seed, content))
+            train_one_run(own, table, seed, content)
             gather(None)
         rows.append(json.loads(done.read_text()))
+        append_run(args, rows[-1])  # where a kill came before it
     frame = pd.DataFrame(rows)
     numbers = frame[[name for name in frame if name[-2:] in ("_q", "_c")]].select_dtypes("number")
     mean, sd = numbers.mean(), numbers.std()

@@ -1,6 +1,7 @@
 """Nothing lost, nothing let in: the damage is really done, a clear error is all that follows."""
 
 import contextlib
+import io
 import itertools
 import math
 import os
@@ -10,14 +11,14 @@ import shutil
 import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import VISION, load, read_csv, read_json, same_tensors, write_clip, write_csv
+from conftest import VISION, draw, load, read_csv, read_json, same_tensors, write_clip, write_csv
+from PIL import PngImagePlugin
 
 import baseline
 
@@ -91,25 +92,20 @@ def test_no_room_for_scores(train, refused, monkeypatch, tmp_path, data):
     assert scores.read_text() == "before" and not list(tmp_path.glob(".*"))
 
 
-SMALL = """
-import sys, baseline
-row = baseline.main(sys.argv[1:])
-baseline.main(["--predict", sys.argv[2], "--checkpoint", row["checkpoint"], "--num_workers", "2",
-               "--predictions_csv", row["output_dir"] + "/scores.csv"])
-"""
-
-
-def test_a_shared_memory_of_1_mb_is_enough(flags, tmp_path):
+def test_a_shared_memory_of_1_mb_is_enough(flags, data, tmp_path):
     """Training and scoring with --num_workers 2 need no /dev/shm, as in a container; no warning."""
     mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m x /dev/shm && "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], check=False).returncode:
         pytest.skip("unshare -m is not allowed here")
     clip = write_clip(tmp_path / "clip", vision={**VISION, "image_size": 448, "patch_size": 64})
-    done = subprocess.run([*mount, sys.executable, "-c", SMALL, *flags(
-        "--epochs", 1, "--cache", "off", "--num_workers", 2, clip=clip)], capture_output=True,
-        text=True, cwd=Path(baseline.__file__).parent, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(read_csv(tmp_path / "out" / "scores.csv")) == 36
+    best, scores = tmp_path / "out" / "baseline_best.pt", tmp_path / "scores.csv"
+    for words in (flags("--epochs", 1, "--cache", "off", "--num_workers", 2, clip=clip),
+                  ["--predict", data.csv, "--checkpoint", best, "--num_workers", 2,
+                   "--predictions_csv", scores]):
+        done = subprocess.run([*mount, sys.executable, baseline.__file__, *map(str, words)],
+                              capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert len(read_csv(scores)) == 36
 
 
 @pytest.mark.parametrize("cache, threads, when", [
@@ -137,15 +133,18 @@ def test_images_that_vanish(flags, capsys, monkeypatch, own, tmp_path, cache, th
                                           for i, row in enumerate(own.rows, start=2))
 
 
-def png(width, height, body=b""):
-    """Return a PNG whose header claims a size, whatever it holds."""
-    def chunk(kind, text):
-        return (struct.pack(">I", len(text)) + kind + text
-                + struct.pack(">I", zlib.crc32(kind + text)))
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+def png(width, height):
+    """Return a PNG whose header claims a size, without pixels."""
+    file = io.BytesIO()
+    file.write(b"\x89PNG\r\n\x1a\n")
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    for kind, content in ((b"IHDR", header), (b"IDAT", b""), (b"IEND", b"")):
+        PngImagePlugin.putchunk(file, kind, content)
+    return file.getvalue()
 
 
+CUT = io.BytesIO()
+draw(np.random.default_rng(0)).save(CUT, "JPEG")
 BAD_IMAGES = {
     "bomb": (png(11_000, 11_000), "decompression bomb"),  # above Pillow's limit, below twice it
     "big bomb": (png(60_000, 60_000), "decompression bomb"),
@@ -154,27 +153,17 @@ BAD_IMAGES = {
     "text": (b"<html><script>alert(1)</script>", "cannot identify"),
     "zeros": (bytes(4000), "cannot identify"), "jpeg": (b"\xff\xd8\xff\xe0" + bytes(30), ""),
     "gif": (b"GIF89a", ""), "webp": (b"RIFF\x10\x00\x00\x00WEBPVP8 " + bytes(8), ""),
+    "cut": (CUT.getvalue()[:CUT.tell() // 2], "runcated"),
 }
 
 
-def test_what_is_no_picture_is_named(train, refused, own, tmp_path, recwarn):
-    """Bombs, absurd sizes, cut files: an error in training, a row with its reason in scoring."""
-    best = train("--freeze_clip", "--epochs", 1).folder / "baseline_best.pt"
-    (tmp_path / "folder").mkdir()
-    whole = shutil.copy(own.images / "img_001.jpg", tmp_path / "folder" / "good.png").read_bytes()
-    bad = {**BAD_IMAGES, "cut": (whole[:len(whole) // 2], "runcated")}
-    for kind, (image, reason) in bad.items():
-        (tmp_path / "folder" / f"{kind}.png").write_bytes(image)
-        (own.images / "img_010.png").write_bytes(image)
-        said = refused("--freeze_clip", data=own, out="other")
-        assert f"{own.images / 'img_010.png'} (CSV row 12)" in said and reason in said
-    with pytest.raises(SystemExit, match="1|True"):
-        baseline.main(["--predict", tmp_path / "folder", "--checkpoint", best, "--predictions_csv",
-                       tmp_path / "scores.csv", "--num_workers", "0"])
-    rows = {row["name"][:-4]: row for row in read_csv(tmp_path / "scores.csv")}
-    assert rows.keys() == {"good", *bad} and rows["good"]["quality"] and not rows["good"]["error"]
-    for kind, (_, reason) in bad.items():
-        assert rows[kind]["error"] and reason in rows[kind]["error"] and not rows[kind]["quality"]
+def test_what_is_no_picture_is_named(refused, own, recwarn):
+    """Bombs, absurd sizes, cut files are errors in training (in scoring: see test_scoring.py)."""
+    path = own.images / "img_010.png"
+    for content, reason in BAD_IMAGES.values():
+        path.write_bytes(content)
+        said = refused("--freeze_clip", data=own)
+        assert f"{path} (CSV row 12)" in said and reason in said
     assert not [w for w in recwarn if "bomb" in str(w.message)]
 
 
@@ -214,18 +203,15 @@ def test_what_is_not_skipped(train, refused, own):
 
 
 DAMAGES = {
-    "cut": lambda whole: whole[:len(whole) // 2], "empty": lambda whole: b"",
-    "flip": lambda whole: whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1])
-    + whole[len(whole) // 2 + 1:]}
+    "cut": lambda old: old[:len(old) // 2], "empty": lambda old: b"",
+    "flip": lambda old: bytes(byte ^ (i == len(old) // 2) for i, byte in enumerate(old))}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name, other", [("baseline_last.pt", "baseline_best.pt"),
-                                         ("baseline_best.pt", "baseline_last.pt")])
-def test_a_damaged_checkpoint_is_named_and_the_other_offered(train, refused, data, damage, name,
-                                                             other):
+@pytest.mark.parametrize("names", [("last", "best"), ("best", "last")])
+def test_a_damaged_checkpoint_is_named_and_the_other_offered(train, refused, data, damage, names):
     """The error names the damaged one, and the one beside it if that is another and works."""
-    folder = train("--freeze_clip").folder
+    folder, (name, other) = train("--freeze_clip").folder, map("baseline_{}.pt".format, names)
     shutil.move(shutil.copy(folder / other, folder / "copy"), folder / other)  # no longer one file
     (folder / name).write_bytes(DAMAGES[damage]((folder / name).read_bytes()))
     for use in (["--resume_from", folder / name],
@@ -241,19 +227,26 @@ def test_a_damaged_checkpoint_is_named_and_the_other_offered(train, refused, dat
     assert str(folder / other) not in refused("--resume_from", folder / name)
 
 
-def test_a_checkpoint_of_another_model_says_so(train, refused, tmp_path):
-    """Other heads, another CLIP, another version, another program: each is named."""
-    whole = load(train("--freeze_clip").folder)
-    state = {k: v for k, v in whole["state"].items() if "base" not in k}
-    wider = {k: torch.zeros(3, *v.shape) for k, v in whole["state"].items()}
-    for changed, words in (({"state": state}, "another model"), ({"state": wider}, "another model"),
-                           ({"version": 3}, "version 3"), ({"version": None}, "version None"),
-                           ({"format": "timm"}, "another program"),
-                           ({"identity": {**whole["identity"], "weights": "0" * 64}},
-                            "other CLIP weights")):
-        torch.save({**whole, **changed}, tmp_path / "other.pt")
-        said = refused("--resume_from", tmp_path / "other.pt")
-        assert words in said and str(tmp_path / "other.pt") in said
+def test_what_is_no_checkpoint_of_this_model_says_so(train, refused, data, tmp_path):
+    """No file, another program, version, CLIP or head: each is named, and nothing is scored."""
+    whole, path = load(train("--freeze_clip").folder), tmp_path / "other.pt"
+    state, clip = whole["state"], {**whole["identity"], "weights": "0" * 64}
+    fewer = {k: v for k, v in state.items() if "base" not in k}
+    wider = {k: torch.zeros(3, *v.shape) for k, v in state.items()}
+    foreign, scores = "another program): give a baseline_last.pt", tmp_path / "scores.csv"
+    for content, words in (
+            (None, "no file of that name): give a baseline_last.pt"), ([1, 2], foreign),
+            ({"state_dict": {}}, foreign), (whole | {"format": "timm"}, foreign),
+            (whole | {"version": 3}, "version 3"), (whole | {"version": None}, "version None"),
+            (whole | {"state": fewer}, "another model"),
+            (whole | {"state": wider}, "another model"),
+            (whole | {"identity": clip}, "trained from other")):
+        if content is not None:
+            torch.save(content, path)
+        for use in (["--resume_from", path], ["--predict", data.csv, "--checkpoint", path,
+                                              "--predictions_csv", scores]):
+            said = refused(*use)
+            assert words in said and str(path) in said and not scores.exists()
 
 
 class Bomb:
@@ -281,7 +274,7 @@ def test_code_in_a_file_is_refused_and_does_not_run(refused, tmp_path, data, whe
     if how == "pickle":
         path.write_bytes(pickle.dumps(Bomb(target)))
     else:
-        torch.save({"state_dict": Bomb(target)}, path,
+        torch.save({"format": baseline.FORMAT, "state_dict": Bomb(target)}, path,
                    _use_new_zipfile_serialization=how == "torch")
     assert str(path if more else clip) in refused("--freeze_clip", *more, clip=clip)
     assert not target.exists()
@@ -339,16 +332,20 @@ def test_an_overflow_in_fp16_is_skipped(train, poison, monkeypatch, where):
     assert [math.isfinite(float(row["train_loss"])) for row in log] == [where != "loss", True]
 
 
-@pytest.mark.parametrize("precision, value, batches", [
-    ("fp16", math.inf, range(5, 99)), ("fp16", math.nan, range(5, 99)), ("fp32", math.nan, [6])])
-def test_a_loss_that_stays_non_finite_ends_the_run(refused, poison, tmp_path, precision, value,
-                                                   batches):
-    """From the second epoch on no loss is finite: images are named, the checkpoints are good."""
+@pytest.mark.parametrize("more, batches, value", [
+    ([*PARTIAL, "--precision", "fp16"], range(5, 99), math.inf),
+    ([*PARTIAL, "--precision", "fp16"], range(5, 99), math.nan), (PARTIAL, [6], math.nan),
+    (["--freeze_clip", "--lr", 1e30], [], 1), (["--batch_size", 64, "--lr", 1e30], [], 1)])
+def test_training_that_goes_wrong_ends_with_good_checkpoints(refused, poison, tmp_path, more,
+                                                            batches, value):
+    """Losses that stay non-finite, or a rate that explodes: images and remedies are named."""
     poison(set(batches), value)
-    said = refused(*PARTIAL, "--precision", precision, "--lr", 1e-4, "--epochs", 9)
-    assert "finite" in said and "img_" in said and "last good checkpoint" in said
+    said = refused("--lr", 1e-4, "--epochs", 9, *more)
+    assert all(words in said for words in ("finite", "img_", "last good checkpoint", "--lr"))
     for name in ("baseline_last.pt", "baseline_best.pt"):
         saved = load(tmp_path / "out", name)
-        assert saved["progress"]["epoch"] == 1 or (name, saved["progress"]["epoch"]) == (
-            "baseline_best.pt", 0)
         assert all(torch.isfinite(v).all() for v in saved["state"].values())
+        progress = saved["progress"]
+        assert progress["best_score"] > -1
+        assert not batches or progress["epoch"] == 1 or (name, progress["epoch"]) == (
+            "baseline_best.pt", 0)

@@ -13,17 +13,19 @@ import pytest
 import torch
 from conftest import COLUMNS, draw, load, read_csv, read_json, write_csv
 from PIL import Image
+from test_faults import BAD_IMAGES
 
 import baseline
 
 SCORES = ["quality", "consistency", "quality_base", "consistency_base"]
-REFINED = ["--use_refinement", "--refinement_layers", "1", "--refinement_dim", "32"]
 HEADS = {
     "frozen": ["--freeze_clip"],
+    "quick": ["--freeze_clip", "--quick_gelu"],
     "partial": ["--partial_freeze", "--freeze_layers", "2"],
     "full": [],
     "explanations": ["--freeze_clip", "--use_explanations"],
-    "refinement": ["--freeze_clip", *REFINED],
+    "refinement": ["--freeze_clip", "--use_refinement", "--refinement_layers", "1",
+                   "--refinement_dim", "32"],
     "two-branch": ["--freeze_clip", "--use_two_branch"],
     "direct": ["--freeze_clip", "--no_residual_learning"],
 }
@@ -109,6 +111,8 @@ def test_a_checkpoint_alone_scores_as_training_did(score, trained, data, heads, 
     assert_same_scores({name: got[name] for name in want}, want)
     table = np.array(list(got.values()))
     assert table.std(axis=0).min() > 0.01  # the images do differ
+    for content in (read_json(folder / "config.json"), load(folder)):
+        assert content["identity"]["quick_gelu"] is (heads == "quick")
     if heads != "direct":
         assert np.abs(table[:, :2] - table[:, 2:]).max() > 0.01  # and training did something
 
@@ -194,11 +198,15 @@ def folder(data, tmp_path):
     return target
 
 
-def test_a_folder_and_its_prompts(score, folder, data):
-    """--prompt is every picture's prompt, unless a .txt file of the same name has its own."""
+def test_a_folder_or_one_picture_and_its_prompt(score, folder, data):
+    """--prompt is every picture's prompt, unless a .txt file of the same name has its own.
+
+    Without a prompt there is no consistency to pass a limit with, even a limit of 0.
+    """
     rows, cat, everything = data.rows[:4], data.rows[4], by_name(score(data.csv).rows)
     want = {row["name"]: everything[row["name"]] for row in rows}
-    plain = score(folder)
+    plain = score(folder, "--min_consistency", 0)
+    assert "0 of 5 images pass" in plain.out and {row["keep"] for row in plain.rows} == {"False"}
     assert plain.status == 0 and {row["name"] for row in plain.rows} == {*want, "deep/五.png"}
     for row in plain.rows:
         assert row["consistency"] == row["consistency_base"] == row["prompt"] == row["error"] == ""
@@ -207,23 +215,16 @@ def test_a_folder_and_its_prompts(score, folder, data):
             **want, "deep/五.png": everything[cat["name"]]}.items()})
     (folder / "deep" / "五.txt").write_text("﻿" + cat["prompt"] + "\n", encoding="utf-8")
     want["deep/五.png"] = everything[cat["name"]]
-    alone = {row["name"]: row for row in score(folder).rows}
+    alone = {row["name"]: row for row in score(folder, "--min_quality", 0).rows}
+    assert {row["keep"] for row in alone.values()} == {"True"}
     assert [name for name, row in alone.items() if row["consistency"]] == ["deep/五.png"]
     given = score(folder, "--prompt", rows[0]["prompt"]).rows
     assert {row["prompt"] for row in given} == {cat["prompt"], *(r["prompt"] for r in rows)}
     assert cat["prompt"] != rows[0]["prompt"]
     assert_same_scores(by_name(given), want)
-
-
-def test_one_image(score, data):
-    """A single picture is one row with its name."""
-    row = data.rows[6]
-    result = score(data.images / row["name"], "--prompt", row["prompt"])
-    assert [(r["name"], r["prompt"]) for r in result.rows] == [(row["name"], row["prompt"])]
-    want = by_name(score(data.csv).rows)[row["name"]]
-    assert_same_scores(by_name(result.rows), {row["name"]: want})
-    bare = score(data.images / row["name"]).rows[0]
-    assert bare["consistency"] == "" and float(bare["quality"]) == pytest.approx(want[0], abs=1e-3)
+    (one,) = score(data.images / cat["name"], "--prompt", cat["prompt"]).rows
+    assert (one["name"], one["prompt"]) == (cat["name"], cat["prompt"])
+    assert_same_scores(by_name([one]), {cat["name"]: everything[cat["name"]]})
 
 
 @pytest.mark.parametrize("place", ["beside", "images", "given", "training"])
@@ -349,13 +350,6 @@ def test_limits_add_a_column_and_are_counted(score, data, use):
     assert f"{sum(want)} of {len(want)} images pass" in result.out
 
 
-def test_what_has_no_score_does_not_pass(score, folder):
-    """Without a prompt there is no consistency to pass a limit with, even a limit of 0."""
-    result = score(folder, "--min_consistency", 0)
-    assert {row["keep"] for row in result.rows} == {"False"} and "0 of 5 images pass" in result.out
-    assert {row["keep"] for row in score(folder, "--min_quality", 0).rows} == {"True"}
-
-
 def test_standard_output_is_a_clean_csv(score, data, tmp_path):
     """With - stdout is the CSV and nothing else, whatever there is to say on stderr."""
     rows = [*data.rows[:6], {**data.rows[0], "name": "gone.png"},
@@ -373,19 +367,20 @@ def test_standard_output_is_a_clean_csv(score, data, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_images_are_named_and_the_others_scored(score, folder, data, workers):
+def test_unreadable_images_are_named_and_the_others_scored(score, folder, recwarn, workers):
     """A damaged file gets a reason instead of scores; the rest is as it was; the status is 1."""
     want = by_name(score(folder, "--prompt", "green hills").rows)
-    whole = (data.images / data.rows[1]["name"]).read_bytes()
-    bad = {"empty.png": b"", "text.jpg": b"no picture", "cut.jpg": whole[:len(whole) * 2 // 3]}
-    for name, content in bad.items():
-        (folder / name).write_bytes(content)
+    for kind, (content, _) in BAD_IMAGES.items():
+        (folder / f"{kind}.png").write_bytes(content)
     result = score(folder, "--prompt", "green hills", "--num_workers", workers, "--batch_size", 3)
     assert result.status == 1 and "Traceback" not in result.err
-    broken = {row["name"]: row for row in result.rows if row["error"]}
-    assert broken.keys() == bad.keys() and "3 of 8 images could not be read" in result.out
+    broken = {row["name"][:-4]: row for row in result.rows if row["error"]}
+    assert broken.keys() == BAD_IMAGES.keys()
+    assert f"{len(broken)} of {len(result.rows)} images could not be read" in result.out
+    assert all(BAD_IMAGES[kind][1] in row["error"] for kind, row in broken.items())
     assert all(row[name] == "" for row in broken.values() for name in SCORES)
     assert_same_scores(by_name([row for row in result.rows if not row["error"]]), want)
+    assert not [w for w in recwarn if "bomb" in str(w.message)]
 
 
 def test_missing_files_of_a_csv_are_errors_of_their_rows(score, data, tmp_path):
@@ -401,72 +396,47 @@ def test_missing_files_of_a_csv_are_errors_of_their_rows(score, data, tmp_path):
     assert all(row["error"] and not row["quality"] for row in result.rows)
 
 
-def picture(seed=5):
-    """Return a picture with no symmetry and strong colours."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((56, 40), Image.Resampling.BILINEAR)
-
-
-def test_every_kind_of_picture_scores_like_its_rgb_twin(score, tmp_path):
-    """Alpha, CMYK, palettes, 16 bits and animations (their first frame) score like plain RGB."""
-    folder, rgb = tmp_path / "kinds", picture()
-    folder.mkdir()
-    grey, frames = rgb.convert("L"), [picture(s).quantize(32) for s in (5, 6)]
-    kinds = {"rgba.png": rgb.convert("RGBA"), "cmyk.tiff": rgb.convert("CMYK"),
-             "palette.png": rgb.quantize(16), "grey.png": grey, "two.png": rgb.convert("1"),
-             "grey_alpha.png": rgb.convert("LA"), "lossless.webp": rgb, "bitmap.bmp": rgb,
-             "wide.png": Image.fromarray(np.asarray(grey, dtype=np.uint16) * 257),
-             "cmyk.jpg": rgb.convert("CMYK"), "moving.gif": frames[0]}
-    more = {"moving.gif": {"save_all": True, "append_images": frames[1:], "duration": 100},
-            "lossless.webp": {"lossless": True}}
-    for name, image in kinds.items():
-        image.save(folder / name, **more.get(name, {}))
-        image = Image.open(folder / name) if name == "cmyk.jpg" else image
-        image = grey if name == "wide.png" else image
-        image.convert("RGB").save(folder / f"twin_{name}.png")
-    assert Image.open(folder / "moving.gif").n_frames == 2
-    assert Image.open(folder / "wide.png").mode.startswith("I")
-    result = score(folder, "--prompt", "a red house")
-    assert result.status == 0 and len(result.rows) == 2 * len(kinds)
-    got = by_name(result.rows)
-    twins = {name: got[f"twin_{name}.png"] for name in kinds}
-    assert_same_scores({name: got[name] for name in kinds}, twins)
-    assert len({tuple(values) for values in twins.values()}) >= 5
-
-
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_rotated_files_score_like_their_upright_twins(score, tmp_path, suffix):
-    """The EXIF orientation is applied, all eight of it."""
-    folder = tmp_path / "turned"
+def test_every_kind_of_picture_scores_like_its_upright_rgb_twin(score, tmp_path):
+    """Alpha, CMYK, palettes, 16 bits, first frames and all eight EXIF orientations are as RGB."""
+    folder, rgb, other = tmp_path / "kinds", *(draw(np.random.default_rng(i), 56) for i in (5, 6))
     folder.mkdir()
-    for number, turn in TURNS.items():
+    grey = rgb.convert("L")
+    kinds = {"rgba.png": rgb.convert("RGBA"), "cmyk.tiff": rgb.convert("CMYK"),
+             "palette.png": rgb.quantize(16), "grey.png": grey, "two.png": rgb.convert("1"),
+             "grey_alpha.png": rgb.convert("LA"), "lossless.webp": rgb, "bitmap.bmp": rgb,
+             "wide.png": Image.fromarray(np.asarray(grey, dtype=np.uint16) * 257),
+             "cmyk.jpg": rgb.convert("CMYK"), "moving.gif": rgb.quantize(32)}
+    turned = {f"{n}.{suffix}": turn for n, turn in TURNS.items() for suffix in ("png", "jpg")}
+    more = {"moving.gif": {"save_all": True, "append_images": [other.quantize(32)]},
+            "lossless.webp": {"lossless": True}}
+    for name, image in {**kinds, **dict.fromkeys(turned, rgb)}.items():
         exif = Image.Exif()
-        exif[0x0112] = number
-        picture().save(folder / f"{number}.{suffix}", exif=exif)
-        stored = Image.open(folder / f"{number}.{suffix}")
-        stored.convert("RGB").save(folder / f"{number}_as_stored.png")
-        stored.convert("RGB").transpose(turn).save(folder / f"{number}_upright.png")
-    got = by_name(score(folder, "--prompt", "a red house").rows)
-    turned = {n: got[f"{n}.{suffix}"] for n in TURNS}
-    assert_same_scores(turned, {n: got[f"{n}_upright.png"] for n in TURNS})
-    for n in TURNS:
-        assert np.abs(turned[n] - got[f"{n}_as_stored.png"]).max() > 5 * WITHIN
-
-
-def test_a_missing_or_foreign_checkpoint_is_refused(score, data, tmp_path):
-    """A checkpoint must exist and be one of this program's."""
-    assert_refused(score(data.csv, checkpoint=tmp_path / "none.pt"), "none.pt", "no file")
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    assert_refused(score(data.csv, checkpoint=tmp_path / "text.pt"), "text.pt")
-    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
-    assert_refused(score(data.csv, checkpoint=tmp_path / "foreign.pt"), "foreign.pt")
+        if name in turned:
+            exif[0x0112] = int(name[0])
+            more[name] = {"exif": exif}
+        image.save(folder / name, **more.get(name, {}))
+        image = Image.open(folder / name) if name.endswith("jpg") else image
+        image = (grey if name == "wide.png" else image).convert("RGB")
+        image.save(folder / f"stored_{name}.png")
+        if name in turned:
+            image.transpose(turned[name]).save(folder / f"upright_{name}.png")
+    assert Image.open(folder / "moving.gif").n_frames == 2
+    assert Image.open(folder / "wide.png").mode.startswith("I")
+    result = score(folder, "--prompt", "a red house")
+    assert result.status == 0 and len(result.rows) == 2 * len(kinds) + 3 * len(turned)
+    got = by_name(result.rows)
+    twins = {name: got[f"stored_{name}.png"] for name in kinds}
+    twins |= {name: got[f"upright_{name}.png"] for name in turned}
+    assert_same_scores({name: got[name] for name in twins}, twins)
+    assert len({tuple(twins[name]) for name in kinds}) >= 5
+    for name in turned:
+        assert np.abs(got[name] - got[f"stored_{name}.png"]).max() > 5 * WITHIN
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -483,7 +453,7 @@ def test_what_cannot_be_scored_is_refused(score, tmp_path, name, content, words)
     if content is not None:
         path.write_bytes(content)
     if name == "folder/a.txt":
-        picture().save(path.with_suffix(".png"))
+        draw(np.random.default_rng(5)).save(path.with_suffix(".png"))
     assert_refused(score(path.parent if path.parent != tmp_path else path), *words)
 
 
