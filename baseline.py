@@ -16,7 +16,8 @@ CLIP's own score is kept as the base, and a small bounded residual is learned on
 s0 is cos(f, t) by the CLIP as it was before training. One image's way: CSV row -> Table -> part of
 the split -> view of an epoch -> decode -> Tower.prefix (frozen, cached) -> Tower.suffix (trains) ->
 heads -> losses -> update; in eval mode -> metrics -> row of results -> table, page, runs.csv.
-The rooms down to "what the towers read" are the whole idea; those behind it may be skipped.
+The rooms (marked `# --- NAME ---`) down to "what the towers read" are the whole idea; those behind
+it may be skipped.
 
 Axis letters: B batch, N rows of the CSV, U unique texts, D embedding, T tokens, W tower width,
 V views, H x W pixels where it is plain.
@@ -267,6 +268,8 @@ def parse_args(argv=None):
              f"{args.refinement_heads}"),
             (args.repeats > 1 and args.resume_from,
              "--repeats continues by itself when the command is restarted: drop --resume_from"),
+            (Path(args.log_csv).name != args.log_csv,
+             f"--log_csv {args.log_csv} must be a file name: it lies in --output_dir"),
             (args.no_amp and given.get("precision", "fp32") != "fp32",
              f"--no_amp means --precision fp32, not {args.precision}: drop one of them")):
         if wrong:
@@ -278,6 +281,7 @@ def parse_args(argv=None):
         print("WARNING: --grad_checkpointing does nothing with --freeze_clip", file=sys.stderr)
     if args.no_amp:
         args.precision = "fp32"
+        args.explicit.add("precision")
     args.cache_dir = args.cache_dir or str(Path(args.output_dir) / "cache")
     return args
 
@@ -361,7 +365,7 @@ def read_csv(path):
             raise ValueError("its rows have more cells than its first line has columns")
     except OSError as error:
         raise UserError(f"The CSV must be a file that can be read, but {path} is not ({error}): "
-                        f"give its place with --data_csv_path, or try --demo.") from error
+                        f"correct --data_csv_path (or --predict), or try --demo.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} must be UTF-8, but byte {error.start} is not: save it as "
                         f"'CSV UTF-8'.") from error
@@ -416,7 +420,7 @@ def load_table(args):
         raise UserError(f"{path} cannot be used, the header being row 1:" + "".join(lines))
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
     frame["prompt_id"], prompts = pd.factorize(frame["prompt"], sort=True)
-    texts = frame["explanation"].str.strip() if args.use_explanations else frame["name"].str[:0]
+    texts = frame.get("explanation", pd.Series("", frame.index)).str.strip()
     frame["explanation_id"], explanations = pd.factorize(texts.where(texts != ""), sort=True)
     if args.use_explanations and not len(explanations):
         raise UserError(f"{path} has no text in its column {args.explanation_column}: fill it in, "
@@ -608,9 +612,9 @@ class Tower:
 
         Raises UserError where the two halves are not the whole.
         """
-        x = self.example
-        if x.is_floating_point():  # any picture but the blank one that the suffix walks with
-            x = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+        x, ids = self.example, self.example
+        if x.is_floating_point():  # two pictures unlike the blank one that the suffix walks with
+            x, ids = torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)), None
         parameters = [p for p in self.encoder.parameters() if p.requires_grad]
         with torch.no_grad():
             whole = self.encode(x)
@@ -619,7 +623,7 @@ class Tower:
             block.forward = self.gate(block.forward, block is gated[-1])
         with torch.enable_grad():
             boundary = self.prefix(x)
-            out = self.suffix(boundary.detach(), x)
+            out = self.suffix(boundary.detach(), ids)
         before, after = (depends_on(y, parameters) for y in (boundary, out))
         for parameter in self.encoder.parameters():
             parameter.requires_grad_(parameter in after and parameter not in before)
@@ -660,7 +664,7 @@ class Tower:
     def suffix(self, boundary, ids=None):
         """Run what trains; returns (B, D) unit-norm embeddings. ids: (B, T) of a text tower."""
         if self.frozen == "all":
-            return boundary.float()
+            return boundary
         boundary = boundary.contiguous(memory_format=self.layout)
         if self.frozen is None:
             return self.encode(boundary)
@@ -935,7 +939,7 @@ class CLIPScorer(nn.Module):
 def frozen_modules(module):
     """Yield the largest modules inside in which nothing trains.
 
-    One without parameters (dropout, say) goes with the module that it is in.
+    One without parameters (dropout, say) trains only where all of the module that it is in does.
     """
     for child in module.children():
         trains = [p.requires_grad for p in child.parameters()]
@@ -952,7 +956,7 @@ PREDICTIONS = ("q", "c", "q_base", "c_base", "q_delta", "c_delta")
 
 
 def losses(out, batch):
-    """Return {name: (B,) loss of each image}; --w_<name> weighs it. A new loss is one line here.
+    """Return {name: (B,) loss of each image}. A new one is a line here and its flag, --w_<name>.
 
     q, c: squared error on the [0, 1] scale; a refined consistency adds that of its coarse score.
     exp: 1 - cosine to the teacher's embedding of the row's explanation (see has_loss).
@@ -971,14 +975,14 @@ def correlation(function, pred, mos):
     return float(function(pred, mos)[0]) if defined else math.nan
 
 
-def metrics(pred, mos):
+def metrics(pred, mos, targets=TARGETS):
     """Return {"srocc_q", "plcc_q", "krocc_q", "rmse_q", "srocc_c", ..}.
 
     Spearman, Pearson (raw, no logistic fit), Kendall's tau-b, and the root mean squared error on
     the [0, 1] scale. pred, mos: "q" and "c", each (n,).
     """
     found = {}
-    for target in TARGETS:
+    for target in targets:
         x, y = (np.asarray(side[target], dtype=np.float64) for side in (pred, mos))
         found |= {f"srocc_{target}": correlation(scipy.stats.spearmanr, x, y),
                   f"plcc_{target}": correlation(scipy.stats.pearsonr, x, y),
@@ -1116,7 +1120,8 @@ def train_one_epoch(run, epoch):
         if not isinstance(value, nn.Parameter) and value.is_floating_point():
             dist.all_reduce(value)  # running statistics: their mean over processes
             value /= WORLD
-    return epoch_summary(run, views, everywhere(outputs), list(loss))
+    ends_well = any(gather(any(v.numel() and v.isfinite().all() for _, v in outputs[-3:])))
+    return epoch_summary(run, views, everywhere(outputs), list(loss), ends_well)
 
 
 def update(run, factor):
@@ -1131,25 +1136,26 @@ def update(run, factor):
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def epoch_summary(run, views, outputs, names):
+def epoch_summary(run, views, outputs, names, ends_well):
     """Return {"loss", "loss_q", .., "srocc_q", ..} of an epoch's own outputs.
 
     outputs: (places in views, (2 + losses, n): q, c and the losses `names`) of all steps. Raises
     UserError where a loss is not finite; fp16's scaler skips an update that overflows, so there
-    only an epoch that ends in such losses has failed.
+    only an epoch that does not end well has failed.
     """
     args, frame = run.args, run.table.frame
     rows = views.row[np.concatenate([places for places, _ in outputs])]
     values = np.concatenate([value for _, value in outputs], axis=1)
     bad = ~np.isfinite(values).all(axis=0)
-    recovered = any(np.isfinite(value).all() for _, value in outputs[-3:])
-    if bad.any() and not (run.scaler.is_enabled() and recovered):
-        names = frame["name"].iloc[rows[bad]]
-        raise UserError(f"The loss must be finite, but it is not for {', '.join(names[:8])}"
-                        f"{', ..' * (len(names) > 8)}: lower --lr or use --precision bf16 or fp32; "
-                        f"the last good checkpoint is in {args.output_dir}.")
-    means = {"exp": 0.0} | {name: float(value[has_loss(run, name, rows)].mean())
-                            for name, value in zip(names, values[2:])}
+    if bad.any() and not (run.scaler.is_enabled() and ends_well):
+        images = frame["name"].iloc[rows[bad]]
+        raise UserError(f"The loss must be finite, but it is not for {', '.join(images[:8])}"
+                        f"{', ..' * (len(images) > 8)}: lower --lr or use --precision bf16 or "
+                        f"fp32; the last good checkpoint is in {args.output_dir}.")
+    means = {"exp": 0.0}
+    for name, value in zip(names, values[2:]):
+        has = has_loss(run, name, rows)
+        means[name] = float(value[has].mean()) if has.any() else 0.0
     return {"loss": sum(getattr(args, f"w_{name}") * mean for name, mean in means.items()),
             **{f"loss_{name}": mean for name, mean in means.items()},
             **metrics(dict(zip(TARGETS, values)), frame.iloc[rows])}
@@ -1207,7 +1213,8 @@ def fit(run):
         progress |= {"best_epoch": epoch, "best_score": score} if better else {}
         row |= {f"val_{name}": value for name, value in values.items()}
         row |= {"epoch": epoch, "best": progress["best_score"],
-                "lr": run.optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - began}
+                "lr": run.optimizer.param_groups[0]["lr"],  # of CLIP, or of the heads alone
+                "seconds": time.perf_counter() - began}
         progress["log"].append({name: row[name] for name in LOG_COLUMNS})
         print_epoch(row, rate, better)
         save_checkpoint(run, better)
@@ -1481,9 +1488,10 @@ def cached(args, kind, key, batches, compute):
     if args.cache == "off":
         return None
     path, count = Path(args.cache_dir, f"{kind}-{content_key(**key)}.npy"), int(batches[-1][-1]) + 1
-    if all(gather(open_cached(path, count) is not None)):
-        return open_cached(path, count)
-    half = path.with_name(f".{path.name}.{gather(os.getpid())[RANK - LOCAL_RANK]}")
+    array = open_cached(path, count)
+    if all(gather(array is not None)):
+        return array
+    half = path.with_name(f".{path.name}.{gather(os.urandom(8).hex())[RANK - LOCAL_RANK]}")
     own = batches[LOCAL_RANK::LOCAL_WORLD] or batches[:1]  # two may write the same
     parts, header = zip(own, map(as_numpy, compute(own))), io.BytesIO()
     try:
@@ -1492,10 +1500,10 @@ def cached(args, kind, key, batches, compute):
             np.lib.format.write_array_header_1_0(header, {
                 "descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False,
                 "shape": (count, *values.shape[1:])})
-            if LOCAL_RANK == 0 and make_room(path, kind, count * values[0].nbytes, args):
+            fits = LOCAL_RANK > 0 or make_room(path, kind, count * values[0].nbytes, args)
+            if LOCAL_RANK == 0 and fits:
                 half.write_bytes(header.getvalue())
-            gather(None)
-            if not half.exists():
+            if not all(gather(fits)):
                 return None
             with open(half, "r+b") as file:  # not by a memory map: a full disk would be a SIGBUS
                 for rows, values in itertools.chain([(rows, values)], parts):
@@ -1515,9 +1523,10 @@ def open_cached(path, count):
     """Return the memory-mapped array of a cache file, None where there is none of `count` rows."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        os.utime(path)  # the most recently used
     except (OSError, ValueError, EOFError):
         return None
+    with contextlib.suppress(OSError):  # a cache that may only be read
+        os.utime(path)  # the most recently used
     return array if array.shape[:1] == (count,) else None
 
 
@@ -1532,9 +1541,11 @@ def make_room(path, kind, size, args):
             if file.suffix == ".npy" or time.time() - stat.st_mtime > 3600:  # of a killed run
                 files.append((stat.st_mtime, stat.st_size, file))
     files.sort()
-    while files and size <= limit < size + sum(size for _, size, _ in files):
-        print(f"cache: removed {files[0][2].name}, the least recently used: see --cache_max_gb")
-        files.pop(0)[2].unlink(missing_ok=True)
+    while files and size <= limit < size + sum(used for _, used, _ in files):
+        file = files.pop(0)[2]
+        print(f"cache: removed {file.name}, the least recently used: see --cache_max_gb")
+        with contextlib.suppress(OSError):
+            file.unlink()
     fits = size <= min(limit, shutil.disk_usage(folder).free)
     if not fits:
         print(f"cache: going on without the {kind} cache, its {size / 1e9:.2f} GB exceed "
@@ -1561,10 +1572,12 @@ class Rows:
     def __init__(self, array, device, args):
         with warnings.catch_warnings(action="ignore"):  # a read-only array may not be written to
             rows = torch.from_numpy(array)
-        rows, self.device = rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows, device
+        if rows.dtype == torch.int16:
+            rows = rows.view(torch.bfloat16)
         if device.type == "cuda" and rows.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
             rows = rows.to(device)
-        self.rows, self.behind = rows, rows.device.type != device.type
+        self.rows, self.device = rows, device
+        self.behind = rows.device.type != device.type
         self.pin = self.behind and args.pin_memory
 
     def read(self, index):
@@ -1619,14 +1632,8 @@ class ImageInputs:
         """Yield (B, V, ..) boundaries of all views of arrays of row numbers."""
         for images in progress_bar(self.images(batches), "image features", len(batches)):
             images = images.to(self.device)
-            yield torch.stack([self.boundary(images.flip(-1) if flip else images)
-                               for flip in self.flips], dim=1)
-
-    @torch.no_grad()
-    def boundary(self, images):
-        """Run the frozen prefix on (B, 3, H, W) images of 0..255 that lie on the device."""
-        with autocast(self.args, self.device):
-            return self.tower.prefix(self.scorer.pixels(images))
+            views = [images.flip(-1) if flip else images for flip in self.flips]
+            yield torch.stack([boundary(self, self.scorer.pixels(view)) for view in views], dim=1)
 
     def stream(self, batches):
         """Yield the tower's input for each batch of views (see plan_views), on the device."""
@@ -1637,7 +1644,8 @@ class ImageInputs:
         rows = [views.row for views in batches]
         raw = self.images(rows) if self.pixels is None else self.pixels.stream(rows)
         for views, images in zip(batches, raw):
-            yield self.boundary(augmented(images.to(self.device, non_blocking=True), views))
+            images = augmented(images.to(self.device, non_blocking=True), views)
+            yield boundary(self, self.scorer.pixels(images))
 
     def embed(self):
         """Return (N, D) embeddings of all original views by the CLIP before training."""
@@ -1660,23 +1668,17 @@ class TextInputs:
         if keep and tower.frozen is not None:
             array = cached(args, "text", self.key | {"boundary": tower.frozen},
                            batches_of(len(ids), 64), lambda own: (
-                               self.boundary(self.ids[rows].to(device))
+                               boundary(self, self.ids[rows].to(device))
                                for rows in progress_bar(own, what, len(own))))
             self.features = None if array is None else Rows(array, device, args)
-
-    @torch.no_grad()
-    def boundary(self, ids):
-        """Run the frozen prefix on (B, T) token ids that lie on the device."""
-        with autocast(self.args, self.device):
-            return self.tower.prefix(ids)
 
     def read(self, index):
         """Return (boundary, ids, inverse) of the unique texts of a batch; index: (B,) numpy."""
         unique, inverse = np.unique(index, return_inverse=True)
         ids = self.ids[unique, :int(self.ends[unique].max()) + 1].to(self.device)
-        x = (self.boundary(ids) if self.features is None else
+        x = (boundary(self, ids) if self.features is None else
              self.features.read(unique).to(self.device))
-        if self.tower.trims and x.ndim == 3 and x.shape[1] > 1:
+        if self.tower.trims and x.ndim == 3 and x.shape[1] > 1:  # all tokens, not the pooled one
             x = x[:, :ids.shape[1]]
         return x, ids, torch.from_numpy(inverse).to(self.device)
 
@@ -1684,6 +1686,13 @@ class TextInputs:
         """Return (U, D) embeddings of all texts by the CLIP before training."""
         return embeddings(self, "text", len(self.ids), lambda own: (
             self.read(rows)[:2] for rows in own))
+
+
+@torch.no_grad()
+def boundary(inputs, x):
+    """Run the frozen prefix on normalised images or token ids that lie on the device."""
+    with autocast(inputs.args, inputs.device):
+        return inputs.tower.prefix(x)
 
 
 def embeddings(inputs, what, count, read):
@@ -1696,7 +1705,7 @@ def embeddings(inputs, what, count, read):
     def compute(own):
         for x, ids in progress_bar(read(own), f"{what} embeddings", len(own)):
             with autocast(inputs.args, inputs.device):
-                yield inputs.tower.suffix(x, ids).float().cpu()
+                yield inputs.tower.suffix(x, ids).cpu()
 
     batches, array = batches_of(count, 64), None
     if inputs.features is None or (inputs.tower.frozen != "all" and what == "image"):
@@ -1820,7 +1829,8 @@ def processes():
                         f"--nproc_per_node.")
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    nccl = cuda and dist.is_nccl_available()  # not on Windows
+    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     torch._dynamo.config.optimize_ddp = False  # it cannot split recomputed blocks
     with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
         try:
@@ -1883,7 +1893,7 @@ FREE_FLAGS = {"output_dir", "log_csv", "resume_from", "num_workers", "pin_memory
 
 
 @contextlib.contextmanager
-def must_write(path, remedy="another --output_dir"):
+def must_write(path, remedy="another folder"):
     """Turn a failure to write in the block into a UserError about path."""
     try:
         yield
@@ -1918,6 +1928,7 @@ def save_checkpoint(run, best):
     content = {"format": FORMAT, "version": FORMAT_VERSION, "seed": run.seed,
                "args": {k: v for k, v in vars(run.args).items() if k != "explicit"},
                "identity": run.identity, "scales": run.table.scales, "split": split_hash(run),
+               "data": data_hash(run.table),
                "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
                "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
                "progress": run.progress, "processes": WORLD}
@@ -1925,7 +1936,9 @@ def save_checkpoint(run, best):
     with writing(top if best else last) as half:
         try:
             torch.save(content, half)  # by its path: a signal inside of a Python file would be lost
-        except RuntimeError as error:  # which is how torch says that the disk is full
+        except RuntimeError as error:  # torch does not say why it cannot write: the disk does
+            with open(half, "ab") as file:
+                file.write(bytes(2 ** 20))
             raise OSError(str(error).splitlines()[0]) from error
         with open(half, "r+b") as file:
             os.fsync(file.fileno())
@@ -1955,6 +1968,12 @@ def split_hash(run):
     """Return a short hash of which image name is in which part."""
     names = run.table.frame["name"].to_numpy()
     return content_key(parts={part: names[rows].tolist() for part, rows in run.parts.items()})[:12]
+
+
+def data_hash(table):
+    """Return a hash of images' names, prompts, explanations and scaled MOS."""
+    data = table.frame.drop(columns=["path", "stamp"]).to_csv()
+    return hashlib.sha256(data.encode()).hexdigest()
 
 
 def load_checkpoint(path):
@@ -2030,17 +2049,22 @@ def resume(run, content):
     if content["identity"]["weights"] != run.identity["weights"]:
         raise UserError(f"{path} was trained from other CLIP weights than {run.identity['model']} "
                         f"has now: give the same --clip_model and --pretrained.")
-    if content["split"] != split_hash(run):
-        raise UserError(f"{path} was trained on another split of the data: resume with the same "
-                        f"CSV, --seed, --split_by and ratios.")
+    if (content["split"], content["data"]) != (split_hash(run), data_hash(run.table)):
+        raise UserError(f"{path} was trained on another split of the data, or other scores or "
+                        f"prompts: resume with the same CSV.")
     load_trained_state(run.scorer, content.pop("state"), path)
     run.optimizer.load_state_dict(content.pop("optimizer"))
     run.scaler.load_state_dict(content["scaler"])
     run.progress.update(content["progress"])
-    best = Path(path).with_name("baseline_best.pt")
-    if RANK == 0 and best.parent.resolve() != Path(run.args.output_dir).resolve():
-        with writing(Path(run.args.output_dir, best.name)) as half:
-            shutil.copyfile(best if best.exists() else path, half)
+    best, own = (Path(folder, "baseline_best.pt") for folder in (
+        Path(path).parent, run.args.output_dir))
+    if not best.exists() and run.progress["epoch"] != run.progress["best_epoch"]:
+        raise UserError(f"{path} needs {best} beside it, which holds the best epoch so far: put it "
+                        f"back, or train again.")
+    best = best if best.exists() else Path(path)
+    if RANK == 0 and not (own.exists() and own.samefile(best)):
+        with writing(own) as half:
+            shutil.copyfile(best, half)
     write_log(run)
     print(f"resumed {path} after epoch {run.progress['epoch']}")
 
@@ -2119,7 +2143,8 @@ def print_epoch(row, rate, better):
           f"lr {row['lr']:.1e}  {rate:.0f} images/s{'  best' * better}", flush=True)
     for t in TARGETS:
         if math.isnan(row[f"val_srocc_{t}"]):
-            print(f"  SROCC_{t.upper()} is undefined: all predictions or human scores are equal")
+            print(f"  SROCC_{t.upper()} is undefined: all predictions or human scores are equal "
+                  f"(--select_by can leave it out)")
 
 
 def floor_metrics(run, part):
@@ -2158,14 +2183,16 @@ def results(run):
     run is judged on, test where there is one. It is what result.json, runs.csv, the table and the
     repeats have.
     """
-    args, best = run.args, Path(run.args.output_dir, "baseline_best.pt")
+    args, best, epoch = run.args, Path(run.args.output_dir, "baseline_best.pt"), None
     if RANK == 0:
-        load_trained_state(run.scorer, load_checkpoint(best)["state"], best)
+        content = load_checkpoint(best)
+        epoch = content["progress"]["best_epoch"]
+        load_trained_state(run.scorer, content["state"], best)
     for value in run.scorer.trained_state().values() if WORLD > 1 else ():
         dist.broadcast(value.detach(), 0)
     judged, preds = "test" if len(run.parts["test"]) else "val", {}
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": args.command, "seed": run.seed,
-           "split": split_hash(run), "part": judged, "best_epoch": run.progress["best_epoch"],
+           "split": split_hash(run), "part": judged, "best_epoch": gather(epoch)[0],
            "epochs_run": run.progress["epoch"]}
     for part in [part for part in ("val", "test", "train") if len(run.parts[part])]:
         preds[part], found = evaluate(run, part)
@@ -2182,7 +2209,7 @@ def results(run):
                     f"largest_delta_{t}": float(size.max())}
         drawn = bootstrap({"run": pred[t]} | {name: of[t][rows] for name, of in run.floors.items()},
                           frame[t], frame["prompt_id"].to_numpy())
-        drawn[[*run.floors]] = drawn[[*run.floors]].rsub(drawn["run"], axis=0)  # gains
+        drawn = drawn.assign(**{name: drawn["run"] - drawn[name] for name in run.floors})  # gains
         for name, (low, high) in drawn.quantile([0.025, 0.975]).items():
             key = f"interval_{t}" if name == "run" else f"gain_{name}_{t}"
             row |= {f"{key}_low": low, f"{key}_high": high}
@@ -2196,9 +2223,11 @@ def score_table(rows):
     frame = pd.DataFrame(rows)
     names = {**{floor: title for floor, title in FLOORS.items() if f"{floor}_srocc_q" in frame},
              frame["part"][0]: "this run"}
-    table = pd.DataFrame({metric.upper(): {title: pd.to_numeric(frame[f"{name}_{metric}"])
-                                           for name, title in names.items()} for metric in SHOWN})
-    return table.map(lambda v: f"{v.mean():.4f}" + f" +- {v.std():.4f}" * (len(v) > 1))
+    def cell(name):
+        values = pd.to_numeric(frame[name])
+        return f"{values.mean():.4f}" + f" +- {values.std():.4f}" * (len(values) > 1)
+    return pd.DataFrame({metric.upper(): {title: cell(f"{name}_{metric}")
+                                          for name, title in names.items()} for metric in SHOWN})
 
 
 def verdict(row):
@@ -2247,21 +2276,16 @@ def add_scores(table, pred, scales):
 
 def json_text(value, indent=1):
     """Return JSON; NaN and infinities, which it does not have, become null."""
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-    return json.dumps(plain(value), indent=indent)
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=indent)
 
 
 def append_run(args, row):
     """Add a row to <output_dir>/runs.csv, once; columns and texts of other runs stay."""
     path, own = Path(args.output_dir, "runs.csv"), row | {"advice": "; ".join(row["advice"])}
     before = read_csv(path) if path.exists() else pd.DataFrame()
-    key = ["time", "checkpoint"]
-    if not before.reindex(columns=key).eq([row[name] for name in key]).all(axis=1).any():
+    key = ["time", "seconds", "command", "checkpoint"]
+    if not before.reindex(columns=key).eq([str(row[name]) for name in key]).all(axis=1).any():
         save_text(path, pd.concat([before, pd.DataFrame([own])]).to_csv(index=False))
 
 
@@ -2286,8 +2310,7 @@ def fingerprint(args, table):
     """Return a hash of what a run depends on: flags that matter, and the data."""
     flags = {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}
     flags["batch_size"] *= WORLD
-    data = table.frame.drop(columns=["path", "stamp"]).to_csv()
-    return content_key(flags=flags, data=hashlib.sha256(data.encode()).hexdigest())
+    return content_key(flags=flags, data=data_hash(table))
 
 
 def archive_old_run(args):
@@ -2326,16 +2349,18 @@ def train_repeats(args, table):
     for seed, folder in folders.items():
         done, last = folder / "result.json", folder / "baseline_last.pt"
         print(f"\nrepeat with seed {seed}{': finished before, kept' * done.exists()}")
-        if not all(gather(done.exists())):
-            content = load_checkpoint(last) if last.exists() else None
+        finished, begun = gather((done.exists(), last.exists()))[0]
+        if not finished:
+            content = load_checkpoint(last) if begun else None
             own = argparse.Namespace(**vars(args) | {
                 "output_dir": str(folder), "resume_from": str(last) if content else None})
             train_one_run(own, table, seed, content)
             gather(None)
-        rows.append(json.loads(done.read_text()))
+        rows += gather(json.loads(done.read_text()) if RANK == 0 else None)[:1]
         append_run(args, rows[-1])  # where a kill came before it
     frame = pd.DataFrame(rows)
-    numbers = frame[[name for name in frame if name[-2:] in ("_q", "_c")]].select_dtypes("number")
+    numbers = frame[[name for name in frame if name[-2:] in ("_q", "_c")
+                     and not name.startswith("tier")]].astype(float)
     mean, sd = numbers.mean(), numbers.std()
     half = scipy.stats.t.ppf(0.975, len(rows) - 1) / math.sqrt(len(rows)) * sd
     result = {"repeats": rows, "part": rows[0]["part"], "mean": mean.to_dict(), "sd": sd.to_dict(),
@@ -2400,7 +2425,7 @@ def training_advice(args, log, row, depth):
     log: rows of the epochs; row: of results; depth: of the image tower, 0 if unknown.
     """
     last, best = log[-1], row["best_epoch"]
-    gaps, weak = (row["gap_q"], row["gap_c"]), [row[f"tier_{t}"] == "needs work" for t in TARGETS]
+    gaps, weak = [row["gap_q"], row["gap_c"]], [row[f"tier_{t}"] == "needs work" for t in "qc"]
     fitted = max(last[f"train_srocc_{t}"] - last[f"val_srocc_{t}"] for t in TARGETS)
     rise, epoch = max(((b["train_loss"] / a["train_loss"], b["epoch"])
                        for a, b in zip(log, log[1:])), default=(0, 0))
@@ -2424,9 +2449,9 @@ def training_advice(args, log, row, depth):
         ("unstable loss", rise > 1.2, f"training loss rose {rise:.1f}-fold in epoch {epoch}",
          remedy(args, {"warmup_ratio": 0.1},
                 {"max_grad_norm": 0.5, "lr": third, "batch_size": 16}))]
-    for t, other, i in (("c", "q", 1), ("q", "c", 0)):
+    for t, other in (("c", "q"), ("q", "c")):
         low = row[f"val_srocc_{t}"] <= TIERS[t][-1][1]  # the gap alone is no low score
-        rows += [(f"low SROCC_{t.upper()} only", low and not weak[1 - i],
+        rows += [(f"low SROCC_{t.upper()} only", low and row[f"tier_{other}"] != "needs work",
                   f"validation SROCC Q {scores}", remedy(
                       args, {f"w_{t}": 0.7, f"residual_scale_{t}": 0.3}, {f"w_{other}": 0.3}))]
     for t in TARGETS if not args.no_residual_learning else ():
@@ -2449,7 +2474,7 @@ def print_advice(args, found):
 
 # --- pictures and page ----------------------------------------------------------------------
 
-COLOURS = {"q": "#0072B2", "c": "#D55E00", "s": "#666666"}  # Okabe, Ito: colour-blind-safe
+COLOURS = {"q": "#0072B2", "c": "#D55E00"}  # Okabe and Ito: colour-blind-safe
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC",
          "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei", "Microsoft YaHei", "PingFang SC"]
 
@@ -2476,10 +2501,10 @@ def draw_curves(log, best_epoch, floors, path):
     with picture(path, 1, 3, (14, 4.2)) as axes:
         for axis, name in zip(axes[0], ("loss", "srocc_q", "srocc_c")):
             log.plot("epoch", [f"train_{name}", f"val_{name}"], style=[".--", ".-"], ax=axis,
-                     color=COLOURS[name[-1]], title=name.upper(), grid=True)
+                     color=COLOURS.get(name[-1], "#666666"), title=name.upper(), grid=True)
             for (floor, found), line in zip(floors.items(), ("-.", ":", "--")):
                 if np.isfinite(found.get(name, np.nan)):
-                    axis.axhline(found[name], linestyle=line, color=COLOURS["s"],
+                    axis.axhline(found[name], linestyle=line, color="#666666",
                                  label=f"{FLOORS[floor]} {found[name]:.3f}")
             axis.axvline(best_epoch, color="black", linewidth=0.8, alpha=0.5,
                          label=f"best epoch {best_epoch}")
@@ -2580,25 +2605,26 @@ SCORE_COLUMNS = ("quality", "consistency", "quality_base", "consistency_base", "
 def scoring_frame(args, saved):
     """Return (DataFrame with the input columns, image paths, prompts) of --predict's target.
 
-    A CSV's names are relative to --image_base_dir if given, else to the first of the CSV's folder,
-    its images/ and the training folder that has the first image. saved: the checkpoint's arguments,
+    A CSV's names are relative to --image_base_dir if given, else to that of the CSV's folder, its
+    images/ and the training folder that has the most of them. saved: the checkpoint's arguments,
     which name the columns. Prompts are "" where there is none.
     """
     target = Path(args.predict)
     if target.suffix.lower() == ".csv":
         frame = read_csv(target).reset_index(drop=True)
-        name, prompt = (getattr(args if f"{k}_column" in args.explicit else saved, f"{k}_column")
-                        for k in ("name", "prompt"))
+        name, prompt = saved.name_column, saved.prompt_column
         if name not in frame or frame.empty:
             raise UserError(f"{target} needs rows to score and the column {name}, but has "
                             f"{len(frame)} rows of {', '.join(frame.columns)}: add one per image, "
                             f"or rename the column with --name_column.")
         places = ([Path(args.image_base_dir)] if "image_base_dir" in args.explicit else
                   [target.parent, target.parent / "images", Path(saved.image_base_dir)])
-        base = next((p for p in places if os.path.isfile(p / frame[name][0])), places[-1])
-        prompts = frame[prompt].tolist() if prompt in frame else [args.prompt or ""] * len(frame)
+        base = max(places, key=lambda place: sum(os.path.isfile(place / n) for n in frame[name]))
+        own = frame[prompt] if prompt in frame else [""] * len(frame)
+        prompts = [text if text.strip() else args.prompt or "" for text in own]
         return frame, [base / own for own in frame[name]], prompts
     known, prompts = Image.registered_extensions(), []
+    known = {suffix for suffix, kind in known.items() if kind in Image.OPEN}  # not only written
     paths = [target] if target.is_file() else sorted(
         path for path in target.rglob("*") if path.suffix.lower() in known and path.is_file())
     if not paths:
@@ -2674,9 +2700,10 @@ def predict(args):
     to_stdout = args.predictions_csv == "-"
     with contextlib.redirect_stdout(sys.stdout if RANK or not to_stdout else sys.stderr):
         content = load_checkpoint(args.checkpoint)
-        saved = argparse.Namespace(**content["args"])
+        named = {flag for flag in args.explicit if flag.endswith("_column")}
+        saved = argparse.Namespace(**content["args"] | {k: getattr(args, k) for k in named})
         frame, paths, prompts = scoring_frame(args, saved)
-        if not {"precision", "no_amp"} & args.explicit:
+        if "precision" not in args.explicit:
             args.precision = saved.precision
         args.cache, device = "off", pick_device(args)
         scorer = load_scorer(args, content, device)
@@ -2686,7 +2713,7 @@ def predict(args):
             mos = pd.to_numeric(scores, errors="coerce") / content["scales"][t]
             good = np.isfinite(mos) & np.isfinite(pred[t])
             if good.any():
-                found = metrics(*(dict.fromkeys(TARGETS, side[good]) for side in (pred[t], mos)))
+                found = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
                 print(f"{TITLES[t]}: " + ", ".join(
                     f"{name.upper()} {found[f'{name}_{t}']:.4f}" for name in METRICS)
                     + f" on {good.sum()} images")
@@ -2703,13 +2730,13 @@ def predict(args):
             frame["keep"] = np.all(passes, axis=0)
             print(f"{frame['keep'].sum()} of {len(frame)} images pass")
     if to_stdout:
-        frame.to_csv(sys.stdout, index=False)
+        print(frame.to_csv(index=False, lineterminator="\n"), end="")
     else:
         save_text(args.predictions_csv, frame.to_csv(index=False))
         print(f"{len(frame)} rows written to {args.predictions_csv}")
     gather(None)
     if errors:
-        raise SystemExit(RANK == 0)  # one status is enough: torchrun ends the others by it
+        raise SystemExit(1 if RANK == 0 else 0)  # one is enough: torchrun ends the others by it
 
 
 if __name__ == "__main__":

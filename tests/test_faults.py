@@ -39,18 +39,18 @@ def own(data, tmp_path):
                            rows=data.rows)
 
 
-FULL = {}  # {part of a file's name: size at which there is no more room for it}
+@pytest.fixture
+def no_room(monkeypatch):
+    """Limit the size of files, as a full disk would, once one of a name is to be written."""
+    def make(name, size):
+        real, (_, hard) = baseline.writing, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-
-def no_room(event, args):
-    """Limit the size of files, as a full disk would, once one in FULL is opened to be written."""
-    for name in FULL if event == "open" and args[2] & os.O_ACCMODE else ():
-        if name in str(args[0]):
-            resource.setrlimit(resource.RLIMIT_FSIZE,  # conftest lifts it after the test
-                               (FULL[name], resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-sys.addaudithook(no_room)
+        def writing(path):
+            if Path(path).name == name:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # conftest lifts it
+            return real(path)
+        monkeypatch.setattr(baseline, "writing", writing)
+    return make
 
 
 @pytest.mark.parametrize("name, size", [
@@ -59,14 +59,14 @@ sys.addaudithook(no_room)
                               "curves.png", "scatter.png", "worst.png", "report.html",
                               "result.json", "runs.csv")),
     ("baseline_best.pt", 5000), ("baseline_last.pt", 20_000)])
-def test_no_room_for_a_file(train, flags, capsys, monkeypatch, tmp_path, name, size):
+def test_no_room_for_a_file(train, flags, capsys, monkeypatch, no_room, tmp_path, name, size):
     """Each file that does not fit is named; nothing of it stays, and nothing else is lost."""
     before = content(train("--freeze_clip", "--epochs", 1).folder)
     words = flags("--freeze_clip", "--skip_bad_images", "--test_ratio", 0.2)
     words.remove("--no_plots")
     scores = itertools.count(0, -1)  # no epoch is better than the start
     monkeypatch.setattr(baseline, "selection_score", lambda values, by: float(next(scores)))
-    monkeypatch.setitem(FULL, name, size)
+    no_room(name, size)
     with pytest.raises(SystemExit) as stop:
         baseline.main(words)
     said, after = capsys.readouterr().err, content(tmp_path / "out")
@@ -79,7 +79,7 @@ def test_no_room_for_a_file(train, flags, capsys, monkeypatch, tmp_path, name, s
         assert name not in after
 
 
-def test_no_room_for_scores(train, refused, monkeypatch, tmp_path, data):
+def test_no_room_for_scores(train, refused, no_room, tmp_path, data):
     """Scores that do not fit leave those before them; a folder that cannot be made is named."""
     best = train("--freeze_clip", "--epochs", 1).folder / "baseline_best.pt"
     scores = tmp_path / "scores.csv"
@@ -87,7 +87,7 @@ def test_no_room_for_scores(train, refused, monkeypatch, tmp_path, data):
     words = ["--predict", data.csv, "--checkpoint", best, "--predictions_csv"]
     assert f"{scores / 'a.csv'} must be writable" in refused(*words, scores / "a.csv")
     assert "must be writable" in refused("--freeze_clip", out="scores.csv/out")
-    monkeypatch.setitem(FULL, "scores.csv", 10)
+    no_room("scores.csv", 10)
     assert f"{scores} must be writable" in refused(*words, scores)
     assert scores.read_text() == "before" and not list(tmp_path.glob(".*"))
 
@@ -309,8 +309,8 @@ def poison(monkeypatch):
         real, calls = baseline.losses, itertools.count(1)
 
         def spoiled(out, batch):
-            loss, bad = real(out, batch), next(calls) in batches
-            return {name: each * value if bad else each for name, each in loss.items()}
+            factor = value if next(calls) in batches else 1
+            return {name: each * factor for name, each in real(out, batch).items()}
         monkeypatch.setattr(baseline, "losses", spoiled)
     return make
 
@@ -339,7 +339,7 @@ def test_an_overflow_in_fp16_is_skipped(train, poison, monkeypatch, where):
 def test_training_that_goes_wrong_ends_with_good_checkpoints(refused, poison, tmp_path, more,
                                                             batches, value):
     """Losses that stay non-finite, or a rate that explodes: images and remedies are named."""
-    poison(set(batches), value)
+    poison(batches, value)
     said = refused("--lr", 1e-4, "--epochs", 9, *more)
     assert all(words in said for words in ("finite", "img_", "last good checkpoint", "--lr"))
     for name in ("baseline_last.pt", "baseline_best.pt"):

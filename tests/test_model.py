@@ -67,7 +67,7 @@ def test_quick_gelu_follows_tag_flag_and_config(parse, clips, monkeypatch, tmp_p
             value = getattr(open_clip.factory, name)
             monkeypatch.setattr(open_clip.factory, name, type(value)(value))
         open_clip.add_model_config(tmp_path / "tiny-tagged.json")
-        tags = {how[4:]: {"url": "https://x/y.pt", "quick_gelu": quick}}
+        tags = {"openai": {"url": "https://x", "quick_gelu": True}, "plain": {"url": "https://x"}}
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-tagged", tags)
         monkeypatch.setattr(open_clip.factory, "download_pretrained",
                             lambda *a, **k: str(folder / FILE))

@@ -245,11 +245,13 @@ def test_where_a_csv_finds_its_images(score, data, tmp_path, place):
 
 
 def test_a_csv_without_prompts(score, data, tmp_path):
-    """Rows without a prompt get a quality only; --prompt is that of a CSV of names alone."""
+    """Rows without a prompt get a quality only; --prompt fills them, and a CSV of names alone."""
     rows = [{**row, "prompt": " " if i == 2 else row["prompt"]}
             for i, row in enumerate(data.rows[:4])]
-    some = score(write_csv(tmp_path / "some.csv", rows), "--prompt", "green hills")
+    some = score(write_csv(tmp_path / "some.csv", rows))
     assert [bool(row["consistency"]) for row in some.rows] == [True, True, False, True]
+    filled = by_name(score(tmp_path / "some.csv", "--prompt", rows[0]["prompt"]).rows)
+    assert not np.isnan(np.array(list(filled.values()))).any()
     path = write_csv(tmp_path / "names.csv", rows, ["name"])
     plain = score(path)
     assert list(plain.rows[0]) == ["name", *SCORES, "error"] and plain.status == 0
