@@ -1233,6 +1233,7 @@ def set_up(args, table, seed):
     seed: of split, heads, order; the CLIP's random weights (if any) follow args.seed, so that
     repeats share one CLIP and its cache.
     """
+    settle_precision(args)
     device = pick_device(args)
     parts = split_rows(table, args, seed)
     clip, tokenizer, identity = load_clip(args, args.seed)
@@ -1294,7 +1295,7 @@ def train_one_run(args, table, seed, content=None):
 
 def train(args):
     """Train as the arguments say; returns the row of results that is also printed as JSON."""
-    pick_device(args)
+    settle_precision(args)
     content = load_checkpoint(args.resume_from) if args.resume_from else None
     if content:
         take_over_settings(args, content)
@@ -1461,8 +1462,8 @@ def progress_bar(iterable, what, total):
 
 def autocast(args, device):
     """Return the autocast context of --precision; heads and losses leave it."""
-    half = torch.float16 if args.precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, half, args.precision != "fp32")
+    dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, args.precision != "fp32")
 
 
 def content_key(**content):
@@ -1493,29 +1494,27 @@ def cached(args, kind, key, batches, compute):
         return array
     half = path.with_name(f".{path.name}.{gather(os.urandom(8).hex())[RANK - LOCAL_RANK]}")
     own = batches[LOCAL_RANK::LOCAL_WORLD] or batches[:1]  # two may write the same
-    parts, header = zip(own, map(as_numpy, compute(own))), io.BytesIO()
-    try:
-        with must_write(path.parent, "another --cache_dir, or --cache off"):
-            rows, values = next(parts)
-            np.lib.format.write_array_header_1_0(header, {
-                "descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False,
-                "shape": (count, *values.shape[1:])})
-            fits = LOCAL_RANK > 0 or make_room(path, kind, count * values[0].nbytes, args)
-            if LOCAL_RANK == 0 and fits:
-                half.write_bytes(header.getvalue())
-            if not all(gather(fits)):
-                return None
-            with open(half, "r+b") as file:  # not by a memory map: a full disk would be a SIGBUS
-                for rows, values in itertools.chain([(rows, values)], parts):
-                    file.seek(header.tell() + rows[0] * values[0].nbytes)
-                    file.write(values)
-            gather(None)
-            if LOCAL_RANK == 0:
-                half.replace(path)
-            gather(None)
-    finally:
-        with contextlib.suppress(OSError):
-            half.unlink(missing_ok=True)
+    computed, header = zip(own, map(as_numpy, compute(own))), io.BytesIO()
+    with (must_write(path.parent, "another --cache_dir, or --cache off"),
+          contextlib.ExitStack() as at_the_end):
+        at_the_end.callback(half.unlink, missing_ok=True)
+        rows, values = next(computed)
+        np.lib.format.write_array_header_1_0(header, {
+            "descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False,
+            "shape": (count, *values.shape[1:])})
+        fits = LOCAL_RANK > 0 or make_room(path, kind, count * values[0].nbytes, args)
+        if LOCAL_RANK == 0 and fits:
+            half.write_bytes(header.getvalue())
+        if not all(gather(fits)):
+            return None
+        with open(half, "r+b") as file:  # not by a memory map: a full disk would be a SIGBUS
+            for rows, values in itertools.chain([(rows, values)], computed):
+                file.seek(header.tell() + rows[0] * values[0].nbytes)
+                file.write(values)
+        gather(None)
+        if LOCAL_RANK == 0:
+            half.replace(path)
+        gather(None)
     return open_cached(path, count)
 
 
@@ -1857,13 +1856,17 @@ def everywhere(outputs):
     return list(itertools.chain(*gather(own)))
 
 
-def pick_device(args):
-    """Return the device to compute on, CUDA where there is one, and settle --precision auto."""
-    cuda = torch.cuda.is_available()
+def settle_precision(args):
+    """Replace --precision auto by what the device does best."""
     if args.precision == "auto":
-        half = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp16"
-        args.precision = half if cuda else "fp32"
-    if cuda:
+        cuda = torch.cuda.is_available()
+        real = cuda and torch.cuda.is_bf16_supported()
+        args.precision = "bf16" if real else "fp16" if cuda else "fp32"
+
+
+def pick_device(args):
+    """Return the device to compute on, CUDA where there is one; a CPU is made fast."""
+    if torch.cuda.is_available():
         return torch.device("cuda")
     # Backward, torch's fused kernel is up to four times slower in half precision than matrix
     # products that stay in it, which keep (B, heads, T, T) weights of every block that trains.
@@ -2362,12 +2365,12 @@ def train_repeats(args, table):
     numbers = frame[[name for name in frame if name[-2:] in ("_q", "_c")
                      and not name.startswith("tier")]].astype(float)
     mean, sd = numbers.mean(), numbers.std()
-    half = scipy.stats.t.ppf(0.975, len(rows) - 1) / math.sqrt(len(rows)) * sd
+    margin = scipy.stats.t.ppf(0.975, len(rows) - 1) / math.sqrt(len(rows)) * sd
     result = {"repeats": rows, "part": rows[0]["part"], "mean": mean.to_dict(), "sd": sd.to_dict(),
               "output_dir": args.output_dir, "command": args.command}
     for name in [name for name in numbers if name.startswith("gain_")]:
-        result |= {name: mean[name], f"{name}_low": mean[name] - half[name],
-                   f"{name}_high": mean[name] + half[name]}
+        result |= {name: mean[name], f"{name}_low": mean[name] - margin[name],
+                   f"{name}_high": mean[name] + margin[name]}
     print(f"\n{result['part']} of {len(rows)} splits, mean +- SD\n{score_table(rows).to_string()}")
     print("\n".join(verdict(result)))
     save_text(Path(args.output_dir, "result.json"), json_text(result))
@@ -2707,6 +2710,7 @@ def predict(args):
         frame, paths, prompts = scoring_frame(args, saved)
         if "precision" not in args.explicit:
             args.precision = saved.precision
+        settle_precision(args)
         args.cache, device = "off", pick_device(args)
         scorer = load_scorer(args, content, device)
         pred, errors = score_images(*scorer, paths, prompts, args, device)
