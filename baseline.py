@@ -336,7 +336,7 @@ MOS_SCALES = (1.0, 5.0, 10.0, 100.0)
 MOST_NARROW = 100  # longer side of an image divided by its shorter one
 
 
-@dataclass
+@dataclass(eq=False)
 class Table:
     """The checked CSV; its columns are called as by default.
 
@@ -1973,6 +1973,7 @@ def split_hash(run):
     return content_key(parts={part: names[rows].tolist() for part, rows in run.parts.items()})[:12]
 
 
+@functools.cache  # every checkpoint asks
 def data_hash(table):
     """Return a hash of images' names, prompts, explanations and scaled MOS."""
     data = table.frame.drop(columns=["path", "stamp"]).to_csv()
