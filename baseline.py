@@ -389,7 +389,7 @@ def load_table(args):
                         f"--consistency_column or --explanation_column.")
     if frame.empty:
         raise UserError(f"{path} has a header but no rows: add one per image.")
-    frame = pd.DataFrame({own: frame[column] for own, column in columns.items()})
+    frame = pd.DataFrame({name: frame[column] for name, column in columns.items()})
     frame["path"] = [Path(args.image_base_dir, name) for name in frame["name"]]
     frame["stamp"] = [f"{(stat := os.stat(path)).st_size}-{stat.st_mtime_ns}"
                       if os.path.isfile(path) else "" for path in frame["path"]]
@@ -402,20 +402,20 @@ def load_table(args):
         (f"image files missing in {args.image_base_dir}", ~blank & (frame["stamp"] == "")
          & (not args.skip_bad_images), "check --image_base_dir and the names")]
     scales = {}
-    for target, own in (("q", "mos_quality"), ("c", "mos_align")):
-        mos = pd.to_numeric(frame[own].str.strip(), errors="coerce").astype(float)
+    for target, name in (("q", "mos_quality"), ("c", "mos_align")):
+        mos = pd.to_numeric(frame[name].str.strip(), errors="coerce").astype(float)
         finite, flag = np.isfinite(mos), f"label_scale_{target}"
         fitting = [scale for scale in MOS_SCALES if not mos[finite].max() > scale]
         scales[target] = getattr(args, flag) or (fitting or MOS_SCALES[-1:])[0]
         frame[target] = (mos / scales[target]).astype(np.float32)
         problems += [
-            (f"{columns[own]} that is not a finite number", ~finite, "correct or remove the rows"),
-            (f"{columns[own]} below 0", finite & (mos < 0), "shift the scores to start at 0"),
-            (f"{columns[own]} above the label scale {scales[target]:g}",
+            (f"{columns[name]} that is not a finite number", ~finite, "correct or remove the rows"),
+            (f"{columns[name]} below 0", finite & (mos < 0), "shift the scores to start at 0"),
+            (f"{columns[name]} above the label scale {scales[target]:g}",
              finite & (mos > scales[target]), f"give the top of your scale with --{flag}")]
-    found = [(what, [*map(str, frame.index[bad])], remedy) for what, bad, remedy in problems]
+    wrong = [(what, [*map(str, frame.index[bad])], remedy) for what, bad, remedy in problems]
     lines = [f"\n  - {what}: {len(rows)} row{'s' * (len(rows) > 1)} ({', '.join(rows[:5])}"
-             f"{', ..' * (len(rows) > 5)}); {remedy}" for what, rows, remedy in found if rows]
+             f"{', ..' * (len(rows) > 5)}); {remedy}" for what, rows, remedy in wrong if rows]
     if lines:
         raise UserError(f"{path} cannot be used, the header being row 1:" + "".join(lines))
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
@@ -560,10 +560,10 @@ def find_blocks(encoder):
     """Return an encoder's blocks or stages in the order in which they run, [] if unknown."""
     for names in BLOCKS:
         try:
-            found = [encoder.get_submodule(name) for name in names.split()]
+            modules = [encoder.get_submodule(name) for name in names.split()]
         except AttributeError:
             continue
-        return list(found[0]) if len(found) == 1 else found
+        return list(modules[0]) if len(modules) == 1 else modules
     return []
 
 
@@ -981,14 +981,14 @@ def metrics(pred, mos, targets=TARGETS):
     Spearman, Pearson (raw, no logistic fit), Kendall's tau-b, and the root mean squared error on
     the [0, 1] scale. pred, mos: "q" and "c", each (n,).
     """
-    found = {}
+    measured = {}
     for target in targets:
         x, y = (np.asarray(side[target], dtype=np.float64) for side in (pred, mos))
-        found |= {f"srocc_{target}": correlation(scipy.stats.spearmanr, x, y),
+        measured |= {f"srocc_{target}": correlation(scipy.stats.spearmanr, x, y),
                   f"plcc_{target}": correlation(scipy.stats.pearsonr, x, y),
                   f"krocc_{target}": correlation(scipy.stats.kendalltau, x, y),
                   f"rmse_{target}": float(np.sqrt(np.mean((x - y) ** 2)))}
-    return found
+    return measured
 
 
 def selection_score(values, select_by):
@@ -1101,19 +1101,19 @@ def train_one_epoch(run, epoch):
     updates = -(-len(steps) // accumulate)
     run.scorer.train()
     run.optimizer.zero_grad(set_to_none=True)
-    stream = zip(steps, run.images.stream([views[own] for own, _ in steps]))
-    for i, ((own, kept), x) in enumerate(progress_bar(stream, f"epoch {epoch}", len(steps))):
+    stream = zip(steps, run.images.stream([views[dealt] for dealt, _ in steps]))
+    for i, ((dealt, kept), x) in enumerate(progress_bar(stream, f"epoch {epoch}", len(steps))):
         seed = ((run.seed * 100_003 + epoch) * 1_000_003 + i) + RANK * 2 ** 40
         torch.manual_seed(seed % 2 ** 63)  # of dropout: a resumed run draws the same
         last = (i + 1) % accumulate == 0 or i + 1 == len(steps)
         run.model.require_backward_grad_sync = last  # of DistributedDataParallel
-        out = forward(run, run.model, views[own], x)
-        loss = losses(out, targets_of(run, views[own]))
-        total = sum((value * torch.from_numpy(weights[name][own] * kept).to(run.device)).sum()
+        out = forward(run, run.model, views[dealt], x)
+        loss = losses(out, targets_of(run, views[dealt]))
+        total = sum((value * torch.from_numpy(weights[name][dealt] * kept).to(run.device)).sum()
                     for name, value in loss.items())
         run.scaler.scale(total).backward()
         values = torch.stack([out["q"], out["c"], *loss.values()]).detach()
-        outputs.append((own[kept > 0], values[:, :int(kept.sum())]))
+        outputs.append((dealt[kept > 0], values[:, :int(kept.sum())]))
         if last:
             update(run, lr_factor((epoch - 1) * updates + i // accumulate, updates, args))
     for value in run.scorer.trained_state().values() if WORLD > 1 else ():
@@ -1178,9 +1178,9 @@ def evaluate(run, part):
             values = torch.stack([out[name] for name in PREDICTIONS])
             outputs.append((views.row[kept > 0], values[:, :int(kept.sum())]))
     pred = predictions(outputs).loc[rows]
-    found = metrics(pred, run.table.frame.iloc[rows])
-    loss = sum(getattr(run.args, f"w_{t}") * found[f"rmse_{t}"] ** 2 for t in TARGETS)
-    return pred, found | {"loss": loss}
+    measured = metrics(pred, run.table.frame.iloc[rows])
+    loss = sum(getattr(run.args, f"w_{t}") * measured[f"rmse_{t}"] ** 2 for t in TARGETS)
+    return pred, measured | {"loss": loss}
 
 
 def predictions(outputs):
@@ -1196,8 +1196,8 @@ def fit(run):
     if "best_epoch" not in progress:  # epoch 0 is a candidate for the best
         values = evaluate(run, "val")[1]
         progress |= {"best_epoch": 0, "best_score": selection_score(values, args.select_by)}
-        floors = "; ".join(f"{name} {found['srocc_q']:.4f} / {found['srocc_c']:.4f}"
-                           for name, found in floor_metrics(run, "val").items())
+        floors = "; ".join(f"{name} {measured['srocc_q']:.4f} / {measured['srocc_c']:.4f}"
+                           for name, measured in floor_metrics(run, "val").items())
         print(f"epoch   0  before training: val SROCC_Q {values['srocc_q']:.4f}  SROCC_C "
               f"{values['srocc_c']:.4f}   floors: {floors}")
         save_checkpoint(run, best=True)
@@ -1493,8 +1493,8 @@ def cached(args, kind, key, batches, compute):
     if all(gather(array is not None)):
         return array
     half = path.with_name(f".{path.name}.{gather(os.urandom(8).hex())[RANK - LOCAL_RANK]}")
-    own = batches[LOCAL_RANK::LOCAL_WORLD] or batches[:1]  # two may write the same
-    computed, header = zip(own, map(as_numpy, compute(own))), io.BytesIO()
+    mine = batches[LOCAL_RANK::LOCAL_WORLD] or batches[:1]  # two may write the same
+    computed, header = zip(mine, map(as_numpy, compute(mine))), io.BytesIO()
     with (must_write(path.parent, "another --cache_dir, or --cache off"),
           contextlib.ExitStack() as at_the_end):
         at_the_end.callback(half.unlink, missing_ok=True)
@@ -1615,7 +1615,7 @@ class ImageInputs:
                 self.features = Rows(array.reshape(-1, *array.shape[2:]), device, args)
         if self.features is None:
             array = cached(args, "pixels", self.key | {"identity": key["preprocess"]}, batches,
-                           lambda own: progress_bar(self.images(own), "decode", len(own)))
+                           lambda mine: progress_bar(self.images(mine), "decode", len(mine)))
             self.pixels = None if array is None else Rows(array, device, args)
 
     def images(self, batches):
@@ -1648,8 +1648,8 @@ class ImageInputs:
 
     def embed(self):
         """Return (N, D) embeddings of all original views by the CLIP before training."""
-        return embeddings(self, "image", len(self.csv_rows), lambda own: (
-            (x, None) for x in self.stream([plan_views(rows) for rows in own])))
+        return embeddings(self, "image", len(self.csv_rows), lambda batches: (
+            (x, None) for x in self.stream([plan_views(rows) for rows in batches])))
 
 
 class TextInputs:
@@ -1666,9 +1666,9 @@ class TextInputs:
         self.key = {"identity": key, "ids": hashlib.sha256(ids.numpy()).hexdigest()}
         if keep and tower.frozen is not None:
             array = cached(args, "text", self.key | {"boundary": tower.frozen},
-                           batches_of(len(ids), 64), lambda own: (
+                           batches_of(len(ids), 64), lambda batches: (
                                boundary(self, self.ids[rows].to(device))
-                               for rows in progress_bar(own, what, len(own))))
+                               for rows in progress_bar(batches, what, len(batches))))
             self.features = None if array is None else Rows(array, device, args)
 
     def read(self, index):
@@ -1683,8 +1683,8 @@ class TextInputs:
 
     def embed(self):
         """Return (U, D) embeddings of all texts by the CLIP before training."""
-        return embeddings(self, "text", len(self.ids), lambda own: (
-            self.read(rows)[:2] for rows in own))
+        return embeddings(self, "text", len(self.ids), lambda batches: (
+            self.read(rows)[:2] for rows in batches))
 
 
 @torch.no_grad()
@@ -1701,8 +1701,8 @@ def embeddings(inputs, what, count, read):
     of several arrays of row numbers. They are cached, unless the features are (nearly) the same.
     """
     @torch.no_grad()
-    def compute(own):
-        for x, ids in progress_bar(read(own), f"{what} embeddings", len(own)):
+    def compute(batches):
+        for x, ids in progress_bar(read(batches), f"{what} embeddings", len(batches)):
             with autocast(inputs.args, inputs.device):
                 yield inputs.tower.suffix(x, ids).cpu()
 
@@ -1714,10 +1714,10 @@ def embeddings(inputs, what, count, read):
 
 def drop_bad_images(frame, args):
     """Return (the rows that can be read, rows of skipped.csv): see --skip_bad_images."""
-    own = np.arange(len(frame))[RANK::WORLD] if args.skip_bad_images else ()
+    mine = np.arange(len(frame))[RANK::WORLD] if args.skip_bad_images else ()
     decode = Decoder(frame["path"], vars(clip_transform.PreprocessCfg()))
-    found = ahead(lambda row: decode([row])[1], own, args.num_workers)
-    errors = gather([*progress_bar(found, "reading every image", len(own))])
+    reading = ahead(lambda row: decode([row])[1], mine, args.num_workers)
+    errors = gather([*progress_bar(reading, "reading every image", len(mine))])
     errors = sorted(error for each in itertools.chain(*errors) for error in each.items())
     bad = pd.DataFrame([(frame["name"].iloc[row], frame.index[row], why) for row, why in errors],
                        columns=["name", "row", "reason"])
@@ -1852,8 +1852,8 @@ def gather(thing):
 
 def everywhere(outputs):
     """Return the (rows, (M, n) values) of all processes' steps, as numpy."""
-    own = [(rows, values.float().cpu().numpy()) for rows, values in outputs]
-    return list(itertools.chain(*gather(own)))
+    mine = [(rows, values.float().cpu().numpy()) for rows, values in outputs]
+    return list(itertools.chain(*gather(mine)))
 
 
 def settle_precision(args):
@@ -2038,9 +2038,9 @@ def take_over_settings(args, content):
 
 def load_trained_state(scorer, state, path):
     """Load what was trained into a freshly built scorer; raise UserError where it does not fit."""
-    own = scorer.trained_state()
-    wrong = sorted(set(own) ^ set(state)) or [
-        name for name in own if own[name].shape != state[name].shape]
+    wanted = scorer.trained_state()
+    wrong = sorted(set(wanted) ^ set(state)) or [
+        name for name in wanted if wanted[name].shape != state[name].shape]
     if wrong:
         raise UserError(f"{path} must hold the trained weights of this model, but {wrong[0]} "
                         f"(and {len(wrong) - 1} more) differ: it is from another model.")
@@ -2060,14 +2060,14 @@ def resume(run, content):
     run.optimizer.load_state_dict(content.pop("optimizer"))
     run.scaler.load_state_dict(content["scaler"])
     run.progress.update(content["progress"])
-    best, own = (Path(folder, "baseline_best.pt") for folder in (
+    best, kept = (Path(folder, "baseline_best.pt") for folder in (
         Path(path).parent, run.args.output_dir))
     if not best.exists() and run.progress["epoch"] != run.progress["best_epoch"]:
         raise UserError(f"{path} needs {best} beside it, which holds the best epoch so far: put it "
                         f"back, or train again.")
     best = best if best.exists() else Path(path)
-    if RANK == 0 and not (own.exists() and own.samefile(best)):
-        with writing(own) as half:
+    if RANK == 0 and not (kept.exists() and kept.samefile(best)):
+        with writing(kept) as half:
             shutil.copyfile(best, half)
     write_log(run)
     print(f"resumed {path} after epoch {run.progress['epoch']}")
@@ -2199,10 +2199,10 @@ def results(run):
            "split": split_hash(run), "part": judged, "best_epoch": gather(epoch)[0],
            "epochs_run": run.progress["epoch"]}
     for part in [part for part in ("val", "test", "train") if len(run.parts[part])]:
-        preds[part], found = evaluate(run, part)
-        row |= {f"{part}_{name}": value for name, value in found.items() if name != "loss"}
-    for name, found in floor_metrics(run, judged).items():
-        row |= {f"{name}_{metric}": value for metric, value in found.items()}
+        preds[part], measured = evaluate(run, part)
+        row |= {f"{part}_{name}": value for name, value in measured.items() if name != "loss"}
+    for name, measured in floor_metrics(run, judged).items():
+        row |= {f"{name}_{metric}": value for metric, value in measured.items()}
     rows, pred, frame = run.parts[judged], preds[judged], run.table.frame.iloc[run.parts[judged]]
     for t in TARGETS:
         gap = row[f"train_srocc_{t}"] - row[f"val_srocc_{t}"]
@@ -2252,11 +2252,11 @@ def keep_records(run, preds, row):
     args, folder, frame = run.args, Path(run.args.output_dir), run.table.frame
     depth = len(run.scorer.towers["image"].blocks)
     before = settings_advice(args, len(run.parts["train"]), depth)
-    found = training_advice(args, run.progress["log"], row, depth)
-    row["advice"] = [what for what, *_ in before + found]
+    findings = training_advice(args, run.progress["log"], row, depth)
+    row["advice"] = [what for what, *_ in before + findings]
     print(f"\n{row['part']}, best epoch {row['best_epoch']}\n{score_table([row]).to_string()}")
     print("\n".join(verdict(row)))
-    print_advice(args, found)
+    print_advice(args, findings)
     if RANK:
         return
     for part in ("val", "test") if row["part"] == "test" else ("val",):
@@ -2264,7 +2264,7 @@ def keep_records(run, preds, row):
         table = add_scores(table, preds[part], run.table.scales)
         save_text(folder / f"{part}_predictions.csv", table.to_csv(index=False))
     if not args.no_plots:
-        write_report(run, preds[row["part"]], row, before + found)
+        write_report(run, preds[row["part"]], row, before + findings)
     if args.tensorboard:
         write_tensorboard(run)
     save_text(folder / "result.json", json_text(row))
@@ -2286,11 +2286,11 @@ def json_text(value, indent=1):
 
 def append_run(args, row):
     """Add a row to <output_dir>/runs.csv, once; columns and texts of other runs stay."""
-    path, own = Path(args.output_dir, "runs.csv"), row | {"advice": "; ".join(row["advice"])}
+    path, line = Path(args.output_dir, "runs.csv"), row | {"advice": "; ".join(row["advice"])}
     before = read_csv(path) if path.exists() else pd.DataFrame()
     key = ["time", "seconds", "command", "checkpoint"]
     if not before.reindex(columns=key).eq([str(row[name]) for name in key]).all(axis=1).any():
-        save_text(path, pd.concat([before, pd.DataFrame([own])]).to_csv(index=False))
+        save_text(path, pd.concat([before, pd.DataFrame([line])]).to_csv(index=False))
 
 
 def write_config(run):
@@ -2356,9 +2356,9 @@ def train_repeats(args, table):
         finished, begun = gather((done.exists(), last.exists()))[0]
         if not finished:
             content = load_checkpoint(last) if begun else None
-            own = argparse.Namespace(**vars(args) | {
+            options = argparse.Namespace(**vars(args) | {
                 "output_dir": str(folder), "resume_from": str(last) if content else None})
-            train_one_run(own, table, seed, content)
+            train_one_run(options, table, seed, content)
             gather(None)
         rows += gather(json.loads(done.read_text()) if RANK == 0 else None)[:1]
         append_run(args, rows[-1])  # where a kill came before it
@@ -2470,9 +2470,9 @@ def training_advice(args, log, row, depth):
     return [(what, why, flags) for what, fires, why, flags in rows if fires]
 
 
-def print_advice(args, found):
+def print_advice(args, findings):
     """Print each finding, its evidence, and the user's own command: the last of two flags wins."""
-    for what, why, flags in found:
+    for what, why, flags in findings:
         print(f"\n{what}: {why}; try\n  python baseline.py {args.command} {flags}")
 
 
@@ -2507,11 +2507,11 @@ def draw_curves(log, best_epoch, floors, path):
             log.plot("epoch", [f"train_{name}", f"val_{name}"], style=[".--", ".-"], ax=axis,
                      color=COLOURS.get(name[-1], "#666666"), title=name.upper())
             axis.grid(alpha=0.25)
-            for (floor, found), line in zip(floors.items(), ("-.", ":", "--")):
+            for (floor, measured), line in zip(floors.items(), ("-.", ":", "--")):
                 far = (floor, name) == ("zero_shot", "srocc_q")  # it would flatten the curves
-                if np.isfinite(found.get(name, np.nan)) and not far:
-                    axis.axhline(found[name], linestyle=line, color="#666666",
-                                 label=f"{FLOORS[floor]} {found[name]:.3f}")
+                if np.isfinite(measured.get(name, np.nan)) and not far:
+                    axis.axhline(measured[name], linestyle=line, color="#666666",
+                                 label=f"{FLOORS[floor]} {measured[name]:.3f}")
             axis.axvline(best_epoch, color="black", linewidth=0.8, alpha=0.5,
                          label=f"best epoch {best_epoch}")
             axis.xaxis.get_major_locator().set_params(integer=True)
@@ -2546,8 +2546,8 @@ def draw_worst(pred, frame, scales, path, count=6):
                 image = Image.new("RGB", (8, 8), "grey")
             image.thumbnail((256, 256))
             axis.imshow(image)
-            human, own = (side.iloc[worst] * scales[t] for side in (frame[t], pred[t].clip(0, 1)))
-            axis.set_title(f"{TITLES[t]}: human {human:.2f}, predicted {own:.2f}", fontsize=7)
+            human, ours = (side.iloc[worst] * scales[t] for side in (frame[t], pred[t].clip(0, 1)))
+            axis.set_title(f"{TITLES[t]}: human {human:.2f}, predicted {ours:.2f}", fontsize=7)
             prompt = "\n".join(textwrap.wrap(frame["prompt"].iloc[worst], 26, max_lines=3,
                                              placeholder=" .."))
             axis.set_xlabel(prompt.replace("$", r"\$"), fontsize=8)
@@ -2564,7 +2564,7 @@ border-bottom:1px solid #ccc}}pre{{white-space:pre-wrap;background:#f4f4f4;paddi
 """
 
 
-def write_report(run, pred, row, found):
+def write_report(run, pred, row, findings):
     """Write curves.png, scatter.png, worst.png and report.html, which holds them all."""
     args, folder, scales = run.args, Path(run.args.output_dir), run.table.scales
     frame, pictures = run.table.frame.iloc[run.parts[row["part"]]], ""
@@ -2579,7 +2579,7 @@ def write_report(run, pred, row, found):
     lines = [html.escape(line) for line in verdict(row)] + [
         f"<b>{html.escape(what)}</b>: {html.escape(why)}"
         f"<pre>{html.escape(f'python baseline.py {args.command} {flags}')}</pre>"
-        for what, why, flags in found]
+        for what, why, flags in findings]
     page = PAGE.format(**row | {
         "command": html.escape(f"python baseline.py {args.command}"), "count": len(frame),
         "split_by": args.split_by, "pictures": pictures, "lines": "".join(
@@ -2626,9 +2626,9 @@ def scoring_frame(args, saved):
         places = ([Path(args.image_base_dir)] if "image_base_dir" in args.explicit else
                   [target.parent, target.parent / "images", Path(saved.image_base_dir)])
         base = max(places, key=lambda place: sum(os.path.isfile(place / n) for n in frame[name]))
-        own = frame[prompt] if prompt in frame else [""] * len(frame)
-        prompts = [text if text.strip() else args.prompt or "" for text in own]
-        return frame, [base / own for own in frame[name]], prompts
+        texts = frame[prompt] if prompt in frame else [""] * len(frame)
+        prompts = [text if text.strip() else args.prompt or "" for text in texts]
+        return frame, [base / image for image in frame[name]], prompts
     known, prompts = Image.registered_extensions(), []
     known = {suffix for suffix, kind in known.items() if kind in Image.OPEN}  # not only written
     paths = [target] if target.is_file() else sorted(
@@ -2638,11 +2638,11 @@ def scoring_frame(args, saved):
                         f"images in {target}: correct the path.")
     for text in (path.with_suffix(".txt") for path in paths):
         try:
-            own = text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
+            beside = text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
         except UnicodeDecodeError as error:
             raise UserError(f"{text} must be UTF-8, but byte {error.start} is not: save it as "
                             f"UTF-8.") from error
-        prompts.append(own or args.prompt or "")
+        prompts.append(beside or args.prompt or "")
     base = target.parent if target.is_file() else target
     names = [path.relative_to(base).as_posix() for path in paths]
     return pd.DataFrame({"name": names, "prompt": prompts}), paths, prompts
@@ -2662,8 +2662,8 @@ def load_scorer(args, content, device):
     original = clip if saved.freeze_clip else copy.deepcopy(clip)
     scorer = CLIPScorer(clip, make_towers(clip, tokenizer, saved), identity, saved)
     scorer.before = scorer.towers if saved.freeze_clip else make_towers(original, tokenizer, saved)
-    for own, twin in zip(clip.modules(), original.modules()):
-        for name, parameter in own.named_parameters(recurse=False):
+    for module, twin in zip(clip.modules(), original.modules()):
+        for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 setattr(twin, name, parameter)
     original.to(device)
@@ -2682,9 +2682,9 @@ def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
                        list(unique))
     t, texts.tower = texts.embed().to(device), scorer.before["text"]
     t0 = texts.embed().to(device)
-    own, outputs, errors = batches_of(len(paths), args.batch_size)[RANK::WORLD], [], {}
-    stream = ahead(Decoder(paths, identity["preprocess"]), own, args.num_workers)
-    for rows, (images, bad) in progress_bar(zip(own, stream), "score", len(own)):
+    mine, outputs, errors = batches_of(len(paths), args.batch_size)[RANK::WORLD], [], {}
+    stream = ahead(Decoder(paths, identity["preprocess"]), mine, args.num_workers)
+    for rows, (images, bad) in progress_bar(zip(mine, stream), "score", len(mine)):
         with autocast(args, device):
             x = scorer.towers["image"].prefix(scorer.pixels(images.to(device)))
             f, f0 = (towers["image"].suffix(x) for towers in (scorer.towers, scorer.before))
@@ -2692,7 +2692,7 @@ def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
         outputs.append((rows, torch.stack([scores[name] for name in PREDICTIONS])))
         errors |= bad
     pred = predictions(outputs).sort_index()
-    errors = dict(itertools.chain(*(found.items() for found in gather(errors))))
+    errors = dict(itertools.chain(*(bad.items() for bad in gather(errors))))
     pred.loc[list(errors)] = np.nan
     pred.loc[[not prompt.strip() for prompt in prompts], ["c", "c_base"]] = np.nan
     return pred, errors
@@ -2720,9 +2720,9 @@ def predict(args):
             mos = pd.to_numeric(scores, errors="coerce") / content["scales"][t]
             good = np.isfinite(mos) & np.isfinite(pred[t])
             if good.any():
-                found = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
+                measured = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
                 print(f"{TITLES[t]}: " + ", ".join(
-                    f"{name.upper()} {found[f'{name}_{t}']:.4f}" for name in METRICS)
+                    f"{name.upper()} {measured[f'{name}_{t}']:.4f}" for name in METRICS)
                     + f" on {good.sum()} images")
         for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
             free = (name + "_input" * k for k in itertools.count(1))
