@@ -1126,11 +1126,12 @@ def train_one_epoch(run, epoch):
 
 def update(run, factor):
     """Clip the gradient and step the optimiser at factor times its peak learning rates."""
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     for group in run.optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     if run.args.max_grad_norm:
         run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.scorer.parameters(), run.args.max_grad_norm)
+        nn.utils.clip_grad_norm_(parameters, run.args.max_grad_norm)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
