@@ -985,9 +985,9 @@ def metrics(pred, mos, targets=TARGETS):
     for target in targets:
         x, y = (np.asarray(side[target], dtype=np.float64) for side in (pred, mos))
         measured |= {f"srocc_{target}": correlation(scipy.stats.spearmanr, x, y),
-                  f"plcc_{target}": correlation(scipy.stats.pearsonr, x, y),
-                  f"krocc_{target}": correlation(scipy.stats.kendalltau, x, y),
-                  f"rmse_{target}": float(np.sqrt(np.mean((x - y) ** 2)))}
+                     f"plcc_{target}": correlation(scipy.stats.pearsonr, x, y),
+                     f"krocc_{target}": correlation(scipy.stats.kendalltau, x, y),
+                     f"rmse_{target}": float(np.sqrt(np.mean((x - y) ** 2)))}
     return measured
 
 
@@ -2323,7 +2323,7 @@ def archive_old_run(args):
     folder = Path(args.output_dir)
     names = ["baseline_best.pt", "baseline_last.pt", "config.json", "result.json", "curves.png",
              "scatter.png", "worst.png", "report.html", "tensorboard", "skipped.csv",
-             "val_predictions.csv", "test_predictions.csv", Path(args.log_csv).name]
+             "val_predictions.csv", "test_predictions.csv", args.log_csv]
     old = [path for path in map(folder.joinpath, names) if path.exists()]
     old += sorted(folder.glob("repeat_*"))
     if RANK == 0 and old:
