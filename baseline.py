@@ -33,11 +33,17 @@ import sys
 import time
 from pathlib import Path
 
+if (python := sys.version_info[:3]) < (3, 11):  # baseline.py requires Python >= 3.11
+    print(f"baseline.py: error: requires Python >= 3.11, but this is {python}", file=sys.stderr)
+    sys.exit(2)
+
 HERE = Path(__file__).resolve().parent
 TARGETS = ("q", "c")
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (  # of torchrun; one process alone is no special case
-    int(os.environ.get(name) or alone) for name, alone in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"
+try:  # one process alone is no special case
+    RANK, WORLD, LOCAL_RANK, LOCAL_WORLD, _ = (int(os.environ[name]) for name in TORCHRUN)
+except (KeyError, ValueError):  # of another launcher, which sets some of them
+    RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = 0, 1, 0, 1
 
 # --- command line ---------------------------------------------------------------------------
 # On the standard library alone, so that --help and a wrong flag answer at once.
@@ -307,12 +313,14 @@ import socket
 import subprocess
 import textwrap
 import threading
+import urllib
 import warnings
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import filelock
 import huggingface_hub
 import numpy as np
 import open_clip
@@ -324,7 +332,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip import transform as clip_transform
 from open_clip.utils import to_2tuple
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -461,11 +469,15 @@ class ImageError(ValueError):
     """Say why a file is no readable image."""
 
 
-def load_image(path):
-    """Return the image as RGB, upright as its EXIF says, the first frame where it is animated.
+RESTARTS = ((b"\xff\xd0", b"\xff\xd5"), (b"\xff\xd4", b"\xff\xd1"))  # one pair fits anywhere
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28  # Pillow: 2 ** 20
 
-    16-bit greyscale is scaled to 8 bits (Pillow would clip it). Raises ImageError where the file
-    is no readable image, or one so large or so narrow that it would fill the memory.
+
+def load_image(path):
+    """Return the image as RGB (see as_rgb), the first frame where it is animated.
+
+    Raises ImageError where the file is no readable image, or one so large or so narrow that it
+    would fill the memory.
     """
     try:
         with Image.open(path) as image:
@@ -475,12 +487,65 @@ def load_image(path):
             if max(image.size) > MOST_NARROW * min(image.size):  # its resized long side blows up
                 raise ImageError(f"it has {size}, and the longer side may be {MOST_NARROW} times "
                                  f"the shorter at most")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image, float) / 257).astype(np.uint8))
-            return image.convert("RGB")
+            try:
+                image.load()
+            except OSError:
+                if not isinstance(image, JpegImagePlugin.JpegImageFile):
+                    raise
+                image = without_end(Path(path).read_bytes())
+            return as_rgb(image)
     except Exception as error:  # damaged files make decoders fail in every way there is
-        raise ImageError(str(error) or type(error).__name__) from error
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            with open(path, "rb") as file:
+                start = file.read(40)
+            lfs = start.startswith(b"version https://git-lfs")
+            reason += (" (it is a Git LFS pointer: git lfs pull fetches the image)" if lfs else
+                       f" (it begins with {start})" if start else " (it is empty)")
+        raise ImageError(reason) from error
+
+
+def without_end(data):
+    """Return the image of a JPEG that lacks its end marker alone; raise OSError where it lacks more.
+
+    Its scans bring every coefficient to its last bit, and no bits behind them change a pixel.
+    """
+    data = re.sub(rb"\0{2,}\Z", b"", data).removesuffix(b"\xff")  # zeros: of a broken download
+    image, complete = Image.open(io.BytesIO(data)), set()
+    for scan in data[data.rfind(b"\xff\xda", 0, image.fp.tell()):].split(b"\xff\xda")[1:]:
+        scan += 12 * b"\1"  # one that ends in its head completes nothing
+        first, last, bits = scan[3 + 2 * scan[2]:][:3]  # behind the components and their tables
+        if bits % 16 == 0:
+            complete |= {*itertools.product(scan[3:3 + 2 * scan[2]:2], range(first, last + 1))}
+    bits = [np.random.default_rng(seed).bytes(256).replace(b"\xff", b"") for seed in range(4)]
+    behind = [b""] + [bits[i].join((b"", *RESTARTS[i % 2], b"")) for i in range(4)]
+    images = [Image.open(io.BytesIO(data + more + b"\xff\xd9")) for more in behind]
+    if len(complete) < 64 * image.layers or len({each.tobytes() for each in images}) > 1:
+        raise OSError("image file is truncated")
+    return images[0]
+
+
+def as_rgb(image):
+    """Return a decoded image as RGB, upright as its EXIF says, on white where it is transparent.
+
+    Where a pixel is one number of more than 8 bits, the largest stands for the least of 1, 255 and
+    65535 that is not below it, and that for white; other ranges are an ImageError.
+    """
+    image = image.copy()
+    with contextlib.suppress(Exception):  # damaged EXIF turns nothing
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":
+        values = np.asarray(image, float)
+        top = min((top for top in (1, 255, 65535) if values.max() <= top), default=0)
+        if not (top and values.min() >= 0):
+            raise ImageError(f"its values, {values.min():g} to {values.max():g}, are neither within "
+                             f"0 to 1 nor 255 nor 65535: save it with 8 bits")
+        values[values == image.info.get("transparency")] = top
+        image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 # --- CLIP and its towers --------------------------------------------------------------------
