@@ -313,7 +313,7 @@ import socket
 import subprocess
 import textwrap
 import threading
-import urllib
+import urllib.request
 import warnings
 import zipfile
 from collections import deque
@@ -332,7 +332,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip import transform as clip_transform
 from open_clip.utils import to_2tuple
-from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -469,12 +469,11 @@ class ImageError(ValueError):
     """Say why a file is no readable image."""
 
 
-RESTARTS = ((b"\xff\xd0", b"\xff\xd5"), (b"\xff\xd4", b"\xff\xd1"))  # one pair fits anywhere
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28  # Pillow: 2 ** 20
 
 
 def load_image(path):
-    """Return the image as RGB (see as_rgb), the first frame where it is animated.
+    """Return the image as as_rgb does, the first frame where it is animated.
 
     Raises ImageError where the file is no readable image, or one so large or so narrow that it
     would fill the memory.
@@ -490,23 +489,21 @@ def load_image(path):
             try:
                 image.load()
             except OSError:
-                if not isinstance(image, JpegImagePlugin.JpegImageFile):
+                if image.format not in ("JPEG", "MPO"):
                     raise
                 image = without_end(Path(path).read_bytes())
             return as_rgb(image)
+    except UnidentifiedImageError as error:
+        with open(path, "rb") as file:
+            start = file.read(40)
+        lfs = " of a Git LFS pointer: fetch the image with git lfs pull" * (b"git-lfs" in start)
+        raise ImageError(f"{error}: it begins with {start}{lfs}") from error
     except Exception as error:  # damaged files make decoders fail in every way there is
-        reason = str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            with open(path, "rb") as file:
-                start = file.read(40)
-            lfs = start.startswith(b"version https://git-lfs")
-            reason += (" (it is a Git LFS pointer: git lfs pull fetches the image)" if lfs else
-                       f" (it begins with {start})" if start else " (it is empty)")
-        raise ImageError(reason) from error
+        raise ImageError(str(error) or type(error).__name__) from error
 
 
 def without_end(data):
-    """Return the image of a JPEG that lacks its end marker alone; raise OSError where it lacks more.
+    """Return the image of a JPEG that lacks its end marker alone; OSError where it lacks more.
 
     Its scans bring every coefficient to its last bit, and no bits behind them change a pixel.
     """
@@ -517,31 +514,32 @@ def without_end(data):
         first, last, bits = scan[3 + 2 * scan[2]:][:3]  # behind the components and their tables
         if bits % 16 == 0:
             complete |= {*itertools.product(scan[3:3 + 2 * scan[2]:2], range(first, last + 1))}
-    bits = [np.random.default_rng(seed).bytes(256).replace(b"\xff", b"") for seed in range(4)]
-    behind = [b""] + [bits[i].join((b"", *RESTARTS[i % 2], b"")) for i in range(4)]
-    images = [Image.open(io.BytesIO(data + more + b"\xff\xd9")) for more in behind]
+    behind = [b""]
+    for restart in range(0xd0, 0xd8):  # markers, one of which would be the next
+        bits = np.random.default_rng(restart).bytes(256).replace(b"\xff", b"")
+        behind.append(bits + bytes([0xff, restart]) + bits)
+    images = [Image.open(io.BytesIO(data + bits + b"\xff\xd9")) for bits in behind]
     if len(complete) < 64 * image.layers or len({each.tobytes() for each in images}) > 1:
         raise OSError("image file is truncated")
     return images[0]
 
 
 def as_rgb(image):
-    """Return a decoded image as RGB, upright as its EXIF says, on white where it is transparent.
+    """Return a Pillow image as RGB, upright as its EXIF says, on white where it is transparent.
 
-    Where a pixel is one number of more than 8 bits, the largest stands for the least of 1, 255 and
-    65535 that is not below it, and that for white; other ranges are an ImageError.
+    Deep grey, one number a pixel: white is the least of 1, 255 and 65535 that no pixel exceeds.
     """
     image = image.copy()
     with contextlib.suppress(Exception):  # damaged EXIF turns nothing
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":
         values = np.asarray(image, float)
-        top = min((top for top in (1, 255, 65535) if values.max() <= top), default=0)
-        if not (top and values.min() >= 0):
-            raise ImageError(f"its values, {values.min():g} to {values.max():g}, are neither within "
-                             f"0 to 1 nor 255 nor 65535: save it with 8 bits")
-        values[values == image.info.get("transparency")] = top
-        image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+        white = min((top for top in (1, 255, 65535) if values.max() <= top), default=math.nan)
+        if not 0 <= values.min() <= white:
+            raise ImageError(f"its values run from {values.min():g} to {values.max():g}, and may "
+                             f"from 0 to 65535: save it with 8 bits")
+        values = np.where(values == image.info.get("transparency"), white, values)
+        image = Image.fromarray((values * (255 / white)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -557,6 +555,10 @@ BLOCKS = ("transformer.resblocks", "transformer.encoder.layer", "transformer.enc
           "trunk.blocks", "trunk.stages", "trunk.layers", "layer1 layer2 layer3 layer4",
           "trunk.layer1 trunk.layer2 trunk.layer3 trunk.layer4")
 
+# NumPy's numbers, which may lie beside the weights; NumPy 1 gives their maker another name.
+NUMBERS = [np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+           np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"}]
+
 
 def load_clip(args, seed):
     """Build the CLIP with its weights; return (model in eval mode, tokenizer, identity).
@@ -569,7 +571,7 @@ def load_clip(args, seed):
     from_file, random = os.path.isfile(pretrained), pretrained == "none"
     torch.manual_seed(seed)
     try:
-        with quiet_library():
+        with quiet_library(), torch.serialization.safe_globals(NUMBERS):
             if not (from_file or random or name.startswith("local-dir:")):
                 skip_unreachable_hub()
             config = open_clip.get_model_config(name)
@@ -577,6 +579,7 @@ def load_clip(args, seed):
                 near = difflib.get_close_matches(name, open_clip.list_models(), 3)
                 raise ValueError(f"no such model; near names: {', '.join(near) or 'none'}")
             tags = open_clip.list_pretrained_tags_by_model(name)
+            tokenizer = open_clip.get_tokenizer(name)  # first: it may lack a package
             quick_gelu = bool(args.quick_gelu or config.get("quick_gelu") or (
                 open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu"))
             model = open_clip.create_model(
@@ -587,9 +590,12 @@ def load_clip(args, seed):
                 **plain_attention(config))
             if from_file:
                 open_clip.load_checkpoint(model, pretrained)
-            tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, hub, pickle, zip, safetensors: each in its own ways
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        if isinstance(error, ImportError):
+            reason += f": pip install {error.name}"
+        if "TorchScript" in reason:
+            reason = "it is TorchScript, as OpenAI's files are: give --pretrained openai"
         raise UserError(f"--clip_model {name} --pretrained {pretrained} cannot be loaded "
                         f"({reason}). The model is a name that open_clip knows, or local-dir:PATH "
                         f"with open_clip_config.json and weights; --pretrained is none, a file of "
@@ -1365,17 +1371,18 @@ def train(args):
     content = load_checkpoint(args.resume_from) if args.resume_from else None
     if content:
         take_over_settings(args, content)
-    table = load_table(args)
-    if len(set(gather(fingerprint(args, table)))) > 1:
-        raise UserError("All processes must see the same data with the same flags, but they do "
-                        "not: copy the CSV to every machine and give the same command on each.")
-    if args.repeats > 1:
-        return train_repeats(args, table)
-    if not content or Path(args.resume_from).parent.resolve() != Path(args.output_dir).resolve():
-        archive_old_run(args)
-    row = train_one_run(args, table, content["seed"] if content else args.seed, content)
-    append_run(args, row)
-    return row
+    with locked(args.output_dir):
+        table = load_table(args)
+        if len(set(gather(fingerprint(args, table)))) > 1:
+            raise UserError("All processes must see the same data with the same flags, but they do "
+                            "not: copy the CSV to every machine and give the same command on each.")
+        if args.repeats > 1:
+            return train_repeats(args, table)
+        if not (content and os.path.samefile(Path(args.resume_from).parent, args.output_dir)):
+            archive_old_run(args)
+        row = train_one_run(args, table, content["seed"] if content else args.seed, content)
+        append_run(args, row)
+        return row
 
 
 def run_command(args):
@@ -1885,6 +1892,8 @@ def calibrate(scorer, probe, s0, c, train):
 def processes():
     """Be in torchrun's process group inside the block, where there is one; only rank 0 prints."""
     if WORLD == 1 or dist.is_initialized():
+        if os.environ.get("WORLD_SIZE") not in (None, "", str(WORLD)):
+            print(f"WARNING: going on alone: WORLD_SIZE counts beside {', '.join(TORCHRUN)} only")
         yield
         return
     cuda = torch.cuda.is_available()
@@ -1895,16 +1904,17 @@ def processes():
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
     nccl = cuda and dist.is_nccl_available()  # not on Windows
-    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
     torch._dynamo.config.optimize_ddp = False  # it cannot split recomputed blocks
     with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
         try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo")
             yield
             gather(None)  # no early end makes torchrun stop one that still writes
-        except RuntimeError as error:
-            if "by peer" not in str(error):
+        except (RuntimeError, ValueError) as error:
+            if dist.is_initialized() and "by peer" not in str(error):
                 raise
-            raise UserError("Another process of this run has ended: see what it said.") from error
+            raise UserError(f"Another process of this run has ended, or was not started by "
+                            f"torchrun: see what it said ({str(error)[:99]}).") from error
     dist.destroy_process_group()
 
 
@@ -1934,6 +1944,8 @@ def pick_device(args):
     """Return the device to compute on, CUDA where there is one; a CPU is made fast."""
     if torch.cuda.is_available():
         return torch.device("cuda")
+    if other := torch.accelerator.current_accelerator(check_available=True):
+        print(f"running on the CPU: on a GPU of type {other.type} the scores were never checked")
     # Backward, torch's fused kernel is up to four times slower in half precision than matrix
     # products that stay in it, which keep (B, heads, T, T) weights of every block that trains.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # these are the CPU's as well
@@ -1972,10 +1984,34 @@ def must_write(path, remedy="another folder"):
 
 
 @contextlib.contextmanager
+def locked(folder):
+    """Keep other runs out of a folder; the operating system ends the lock with its process."""
+    lock = filelock.FileLock(Path(folder, ".lock"))
+    with must_write(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(lock.lock_file).touch()
+    try:
+        if RANK == 0:
+            lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UserError(f"Another run is writing to {folder}: wait for its end, or give another "
+                        f"--output_dir (or delete {lock.lock_file} if its machine is "
+                        f"gone).") from error
+    except (OSError, NotImplementedError) as error:
+        print(f"WARNING: the disk of {folder} has no locks ({error}): start no second run there")
+    for half in Path(folder).rglob(".*.half") if lock.is_locked else ():  # of killed runs
+        half.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def writing(path):
     """Yield a temporary path that replaces `path` when the block ends well, and is gone if not."""
     path = Path(path)
-    half = path.with_name(f".{path.name}.half")  # what a killed run left is written over
+    half = path.with_name(f".{path.name}.{os.getpid()}.half")
     try:
         with must_write(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -2140,13 +2176,14 @@ def resume(run, content):
 
 
 def skip_unreachable_hub():
-    """Let the hub's library use its local cache at once where its host cannot be found.
+    """Let the hub's library use its local cache at once where its host (HF_ENDPOINT) is not there.
 
     Without this it retries for most of a minute before it says that there is no network.
     """
-    if not any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+    hub = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    if not urllib.request.getproxies():
         try:
-            socket.getaddrinfo("huggingface.co", 443)
+            socket.create_connection((hub.hostname, hub.port or hub.scheme), timeout=10).close()
         except OSError:
             huggingface_hub.constants.HF_HUB_OFFLINE = True
 
