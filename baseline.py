@@ -486,13 +486,9 @@ def load_image(path):
             if max(image.size) > MOST_NARROW * min(image.size):  # its resized long side blows up
                 raise ImageError(f"it has {size}, and the longer side may be {MOST_NARROW} times "
                                  f"the shorter at most")
-            try:
-                image.load()
-            except OSError:
-                if image.format not in ("JPEG", "MPO"):
-                    raise
-                image = without_end(Path(path).read_bytes())
-            return as_rgb(image)
+            data = Path(path).read_bytes() if image.format in ("JPEG", "MPO") else None
+            ends = data is None or b"\xff\xd9" in data[image.fp.tell():]
+            return as_rgb(image if ends else without_end(data))
     except UnidentifiedImageError as error:
         with open(path, "rb") as file:
             start = file.read(40)
@@ -1396,7 +1392,7 @@ def run_command(args):
     caught = ((signal.SIGINT, signal.SIGTERM)
               if threading.current_thread() is threading.main_thread() else ())
     handlers = {number: signal.signal(number, stop) for number in caught}
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # load_image refuses them
+    warnings.filterwarnings("ignore", module="PIL")  # load_image refuses what it must
     try:
         with processes():
             row = predict(args) if args.predict else train(args)
@@ -2004,6 +2000,9 @@ def locked(folder):
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # Windows deletes it by itself
+            if lock.is_locked:
+                os.unlink(lock.lock_file)
         lock.release()
 
 
