@@ -1367,18 +1367,18 @@ def train(args):
     content = load_checkpoint(args.resume_from) if args.resume_from else None
     if content:
         take_over_settings(args, content)
+    table = load_table(args)
+    if len(set(gather(fingerprint(args, table)))) > 1:
+        raise UserError("All processes must see the same data with the same flags, but they do "
+                        "not: copy the CSV to every machine and give the same command on each.")
     with locked(args.output_dir):
-        table = load_table(args)
-        if len(set(gather(fingerprint(args, table)))) > 1:
-            raise UserError("All processes must see the same data with the same flags, but they do "
-                            "not: copy the CSV to every machine and give the same command on each.")
         if args.repeats > 1:
             return train_repeats(args, table)
         if not (content and os.path.samefile(Path(args.resume_from).parent, args.output_dir)):
             archive_old_run(args)
         row = train_one_run(args, table, content["seed"] if content else args.seed, content)
         append_run(args, row)
-        return row
+    return row
 
 
 def run_command(args):
@@ -1983,21 +1983,20 @@ def must_write(path, remedy="another folder"):
 def locked(folder):
     """Keep other runs out of a folder; the operating system ends the lock with its process."""
     lock = filelock.FileLock(Path(folder, ".lock"))
-    with must_write(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(lock.lock_file).touch()
     try:
         if RANK == 0:
+            with must_write(folder):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                Path(lock.lock_file).touch()
             lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise UserError(f"Another run is writing to {folder}: wait for its end, or give another "
-                        f"--output_dir (or delete {lock.lock_file} if its machine is "
-                        f"gone).") from error
-    except (OSError, NotImplementedError) as error:
-        print(f"WARNING: the disk of {folder} has no locks ({error}): start no second run there")
-    for half in Path(folder).rglob(".*.half") if lock.is_locked else ():  # of killed runs
-        half.unlink(missing_ok=True)
+                        f"--output_dir.") from error
+    except (OSError, NotImplementedError) as error:  # of a disk in the network, mostly
+        print(f"WARNING: no lock keeps a second run out of {folder}: {error}")
     try:
+        for half in Path(folder).rglob(".*.half") if lock.is_locked else ():  # of killed runs
+            half.unlink()
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows deletes it by itself
