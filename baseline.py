@@ -1564,8 +1564,8 @@ def cached(args, kind, key, batches, compute):
     half = path.with_name(f".{path.name}.{gather(os.urandom(8).hex())[RANK - LOCAL_RANK]}")
     mine = batches[LOCAL_RANK::LOCAL_WORLD] or batches[:1]  # two may write the same
     computed, header = zip(mine, map(as_numpy, compute(mine))), io.BytesIO()
-    with (must_write(path.parent, "another --cache_dir, or --cache off"),
-          contextlib.ExitStack() as at_the_end):
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.enter_context(must_write(path.parent, "another --cache_dir, or --cache off"))
         at_the_end.callback(half.unlink, missing_ok=True)
         rows, values = next(computed)
         np.lib.format.write_array_header_1_0(header, {
