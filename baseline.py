@@ -34,7 +34,8 @@ import time
 from pathlib import Path
 
 if (python := sys.version_info[:3]) < (3, 11):  # baseline.py requires Python >= 3.11
-    print(f"baseline.py: error: requires Python >= 3.11, but this is {python}", file=sys.stderr)
+    print(f"baseline.py: error: requires Python >= 3.11, but this is {'%d.%d.%d' % python}",
+          file=sys.stderr)
     sys.exit(2)
 
 HERE = Path(__file__).resolve().parent

@@ -180,7 +180,7 @@ def long_run(flags, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_folder_belongs_to_one_run_at_a_time(long_run, refused, train, tmp_path, number):
-    """A second run, resumed or repeated, is refused and changes nothing; a dead one is no hurdle."""
+    """A second run, resumed or repeated, is refused and changes nothing; a dead one is free."""
     config = (tmp_path / "out" / "config.json").read_bytes()
     last = tmp_path / "out" / "baseline_last.pt"
     for more in ([], ["--repeats", 2], ["--resume_from", last, "--epochs", 100_000]):
