@@ -128,7 +128,7 @@ def test_short_rows_have_no_explanation(table, changed, tmp_path):
 
 BAD_CELLS = [
     ({3: {"mos_quality": "good"}}, ["mos_quality", "not a finite number", "1 row", "(5)"]),
-    ({3: {"mos_quality": ""}}, ["mos_quality", "not a finite number", "(5)"]),
+    ({3: {"mos_quality": "", "mos_align": " "}}, ["neither mos_quality nor mos_align: 1 row (5)"]),
     ({3: {"mos_align": "NaN"}}, ["mos_align", "not a finite number", "(5)"]),
     ({3: {"mos_align": "inf"}}, ["mos_align", "not a finite number", "(5)"]),
     ({4: {"mos_quality": "-0.1"}}, ["mos_quality", "below 0", "(6)"]),
@@ -165,13 +165,14 @@ def test_all_kinds_come_in_one_error_with_their_first_rows(refused, changed, no_
     assert all("; " in line and len(line.split("; ", 1)[1]) > 10 for line in problems)
 
 
-@pytest.mark.parametrize("name", ["prompt", "mos_align", "explanation"])
-def test_missing_column_names_what_is_there(refused, changed, no_model, name):
+@pytest.mark.parametrize("name, more", [
+    ("prompt", []), ("mos_align", ["--consistency_column", "mos_align"]),
+    ("mos_quality", ["--quality_column", "mos_quality"]), ("explanation", ["--use_explanations"])])
+def test_missing_column_names_what_is_there(refused, changed, no_model, name, more):
     """A missing column is refused with its name, the columns that exist and the flags."""
-    more = ["--use_explanations"] if name == "explanation" else []
     said = refused(*more, data=changed(columns=[c for c in COLUMNS if c != name]))
     assert f"{name} is missing" in said
-    assert "mos_quality" in said.split("it has")[1]
+    assert "name, " in said.split("it has")[1]
     assert "--prompt_column" in said and "--explanation_column" in said
 
 
@@ -207,7 +208,7 @@ def fake_table(sizes):
     """Return a Table of as many prompts as sizes, without files."""
     prompt_id = np.repeat(np.arange(len(sizes)), sizes)
     frame = pd.DataFrame({"name": [f"{i:04d}" for i in range(len(prompt_id))],
-                          "prompt_id": prompt_id})
+                          "prompt_id": prompt_id, "q": 0.5, "c": 0.5})
     prompts = [f"prompt {i:03d}" for i in range(len(sizes))]
     return baseline.Table(frame, prompts, [], {"q": 1, "c": 1}, None)
 
