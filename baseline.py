@@ -143,10 +143,12 @@ def build_parser():
     add("--quality_column", default="mos_quality", help="CSV column: quality MOS")
     add("--consistency_column", default="mos_align", help="CSV column: consistency MOS")
     add("--label_scale_q", type=label_scale, default="auto",
-        help="divisor of the quality MOS; auto: least of 1, 5, 10, 100 not below its maximum")
+        help="top of the quality MOS; auto: least of 1, 5, 10, 100 not below its maximum")
     add("--label_scale_c", type=label_scale, default="auto", help="the same for consistency")
     add("--split_by", choices=("prompt", "image"), default="prompt",
         help="prompt: no prompt on both sides; image: leaks prompts")
+    add("--group_column", help="CSV column: what must not be on both sides, instead of the prompt")
+    add("--split_column", help="CSV column: train, val or test; without val it is drawn from train")
     add("--val_ratio", type=number(0, 0.9, open_low=True), default=0.2, help="share for validation")
     add("--test_ratio", type=number(0, 0.9), default=0.0,
         help="share of images in the test part, used once at the end; 0: none")
@@ -233,8 +235,10 @@ def build_parser():
     add("--checkpoint", default="outputs/baseline_best.pt", help="what --predict scores with")
     add("--prompt", help="of every image of --predict; a .txt file beside a folder's image wins")
     add("--predictions_csv", default="predictions.csv", help="of --predict; - for standard output")
-    add("--min_quality", type=number(0), help="add a column `keep`: quality at least this MOS")
-    add("--min_consistency", type=number(0), help="the same for consistency; both must hold")
+    add("--min_quality", type=number(-math.inf),
+        help="add a column `keep`: quality at least this MOS")
+    add("--min_consistency", type=number(-math.inf),
+        help="the same for consistency; both must hold")
     return parser
 
 
@@ -261,6 +265,10 @@ def parse_args(argv=None):
             (args.val_ratio + args.test_ratio >= 1,
              f"--val_ratio {args.val_ratio:g} and --test_ratio {args.test_ratio:g} leave no "
              f"training images: their sum must stay below 1"),
+            (args.split_column and args.test_ratio,
+             f"--split_column {args.split_column} says what the test part is: drop --test_ratio"),
+            (args.group_column and args.split_by == "image",
+             "--split_by image and --group_column exclude each other: drop one of them"),
             (args.w_q + args.w_c == 0,
              "--w_q and --w_c are both 0, so nothing would be learned: raise one of them"),
             (args.refinement_dim % args.refinement_heads,
@@ -311,7 +319,7 @@ import warnings
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import huggingface_hub
 import numpy as np
@@ -333,6 +341,9 @@ from tqdm import tqdm
 # --- data -----------------------------------------------------------------------------------
 
 MOS_SCALES = (1.0, 5.0, 10.0, 100.0)
+PART_OF = {name: part for part, names in {
+    "train": "train training trn 训练", "test": "test testing tst 测试",
+    "val": "val valid validation dev development 验证"}.items() for name in names.split()}
 MOST_NARROW = 100  # longer side of an image divided by its shorter one
 
 
@@ -343,7 +354,8 @@ class Table:
     frame: N rows sorted by name, so that nothing depends on the order of the CSV; its index is the
     row in the CSV (the header is row 1). name, prompt, mos_quality, mos_align: as they stand there;
     path: of the image; stamp: its size and time; prompt_id, explanation_id (-1: none): index into
-    the unique texts; q, c: float32 human MOS divided by the label scale, NaN where there is none.
+    the unique texts; group_id: of what must not be on both sides of a split; part: by
+    --split_column; q, c: float32 human MOS on [0, 1] (see to_mos), NaN where there is none.
     """
 
     frame: pd.DataFrame
@@ -352,6 +364,7 @@ class Table:
     scales: dict  # {"q": .., "c": ..} label scales
     skipped: pd.DataFrame  # rows of skipped.csv
     targets: tuple = TARGETS  # those that have scores; the others are in no loss and no output
+    offsets: dict = field(default_factory=lambda: dict.fromkeys(TARGETS, 0.0))
 
 
 def read_csv(path):
@@ -379,16 +392,20 @@ def read_csv(path):
 
 def load_table(args):
     """Read and check the whole CSV; raise one UserError that lists all that is wrong with it."""
-    frame, path = read_csv(args.data_csv_path), args.data_csv_path
+    raw = frame = read_csv(args.data_csv_path)
+    path = args.data_csv_path
     columns = {"name": args.name_column, "prompt": args.prompt_column,
                "mos_quality": args.quality_column, "mos_align": args.consistency_column}
-    columns |= {"explanation": args.explanation_column} if args.use_explanations else {}
+    columns |= {name: column for name, column in (
+        ("explanation", args.use_explanations and args.explanation_column),
+        ("group", args.group_column), ("part", args.split_column)) if column}
     columns = {name: columns[name] for name in columns if name not in absent_ones(frame, args)}
     if absent := [column for column in columns.values() if column not in frame]:
         raise UserError(f"{path} needs the columns {', '.join(columns.values())}, but "
                         f"{', '.join(absent)} is missing (it has {', '.join(frame.columns)}): "
                         f"rename it with --name_column, --prompt_column, --quality_column, "
-                        f"--consistency_column or --explanation_column.")
+                        f"--consistency_column, --explanation_column, --group_column or "
+                        f"--split_column.")
     if frame.empty:
         raise UserError(f"{path} has a header but no rows: add one per image.")
     frame = pd.DataFrame({"prompt": ""} | {name: frame[own] for name, own in columns.items()},
@@ -396,7 +413,8 @@ def load_table(args):
     frame["path"] = [Path(args.image_base_dir, name) for name in frame["name"]]
     frame["stamp"] = [f"{(stat := os.stat(path)).st_size}-{stat.st_mtime_ns}"
                       if os.path.isfile(path) else "" for path in frame["path"]]
-    scales, wrong_scores = read_scores(frame, columns, args)
+    wrong_parts = read_parts(frame, args)
+    scales, offsets, wrong_scores = read_scores(frame, columns, args)
     blank = frame["name"].str.strip() == ""
     blank_prompts = (frame["prompt"].str.strip() == "") & frame["c"].notna()
     problems = [  # what, bad rows, remedy
@@ -405,21 +423,51 @@ def load_table(args):
          "keep one row per image"),
         ("empty prompts", blank_prompts, "fill them in or remove the rows"),
         (f"image files missing in {args.image_base_dir}", ~blank & (frame["stamp"] == "")
-         & (not args.skip_bad_images), "check --image_base_dir and the names"), *wrong_scores]
+         & (not args.skip_bad_images), "check --image_base_dir and the names"),
+        *wrong_parts, *wrong_scores]
     wrong = [(what, [*map(str, frame.index[bad])], remedy) for what, bad, remedy in problems]
     lines = [f"\n  - {what}: {len(rows)} row{'s' * (len(rows) > 1)} ({', '.join(rows[:5])}"
              f"{', ..' * (len(rows) > 5)}); {remedy}" for what, rows, remedy in wrong if rows]
     if lines:
         raise UserError(f"{path} cannot be used, the header being row 1:" + "".join(lines))
     targets = trained_targets(frame, args)
+    for column in raw if not args.split_column else ():
+        parts = named_parts(raw[column].drop_duplicates())
+        if column.strip().casefold() == "split" or (parts.nunique() > 1 and parts.notna().all()):
+            print(f"the column {column} is ignored: --split_column {column} splits by it")
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
     frame["prompt_id"], prompts = pd.factorize(frame["prompt"], sort=True)
+    groups = folded(frame["group" if args.group_column else "prompt"])
+    frame["group_id"] = pd.factorize(groups.where(groups != "", "\0" + frame["name"]), sort=True)[0]
     texts = frame.get("explanation", pd.Series("", frame.index)).str.strip()
     frame["explanation_id"], explanations = pd.factorize(texts.where(texts != ""), sort=True)
     if args.use_explanations and not len(explanations):
         raise UserError(f"{path} has no text in its column {args.explanation_column}: fill it in, "
                         f"or drop --use_explanations.")
-    return Table(frame, list(prompts), list(explanations), scales, skipped, targets)
+    return Table(frame, list(prompts), list(explanations), scales, skipped, targets, offsets)
+
+
+def folded(texts):
+    """Return a Series of texts in which case and spacing make no difference."""
+    return texts.map(lambda text: " ".join(text.casefold().split()))
+
+
+def read_parts(frame, args):
+    """Make of a split column train, val, test; returns its problems and the group's."""
+    texts = frame.get("part", pd.Series("train", frame.index))
+    parts = named_parts(texts)
+    if args.split_column:
+        frame["part"] = parts
+    empty = folded(frame["group"]) == "" if args.group_column else parts == ""
+    values = ", ".join(map(repr, texts[parts.isna()].unique()[:5]))
+    return [(f"{args.split_column} that is no part ({values})", parts.isna(),
+             "call it train, val or test"),
+            (f"empty {args.group_column}", empty, "fill them in or remove the rows")]
+
+
+def named_parts(texts):
+    """Return "train", "val" or "test" for each usual name of it, NaN for other texts."""
+    return folded(texts).str.replace(r"[\W_]*(set|split|集)$", "", regex=True).map(PART_OF)
 
 
 def absent_ones(frame, args):
@@ -427,34 +475,47 @@ def absent_ones(frame, args):
 
     A name that the user gave must be there.
     """
-    absent = {name for name, flag in (("mos_quality", "quality_column"), ("prompt", "prompt_column"),
-                                      ("mos_align", "consistency_column"))
-              if getattr(args, flag) == name and name not in frame and flag not in args.explicit}
+    flags = {"mos_quality": "quality_column", "mos_align": "consistency_column",
+             "prompt": "prompt_column"}
+    absent = {name for name, flag in flags.items() if name not in frame
+              and getattr(args, flag) == name and flag not in args.explicit}
     if {"mos_quality", "mos_align"} <= absent:
         return set()
     return absent if "mos_align" in absent else absent - {"prompt"}
 
 
 def read_scores(frame, columns, args):
-    """Add the columns q and c to the frame; returns (label scales, problems as load_table's)."""
-    scales, problems = {}, []
+    """Add the columns q and c to the frame; returns (scales, offsets, problems as load_table's).
+
+    Scores that go below 0 (z-scores) are read as symmetrical around it.
+    """
+    scales, offsets, problems = {}, {}, []
     for target, name in (("q", "mos_quality"), ("c", "mos_align")):
-        text = frame.get(name, pd.Series("", frame.index)).str.strip()
+        text, column = frame.get(name, pd.Series("", frame.index)).str.strip(), columns.get(name)
         mos = pd.to_numeric(text, errors="coerce").astype(float)
         finite, flag = np.isfinite(mos), f"label_scale_{target}"
-        fitting = [scale for scale in MOS_SCALES if not mos[finite].max() > scale]
-        scales[target] = getattr(args, flag) or (fitting or MOS_SCALES[-1:])[0]
-        frame[target] = (mos / scales[target]).astype(np.float32)
+        fitting = [scale for scale in MOS_SCALES if not mos[finite].abs().max() > scale]
+        top, below = getattr(args, flag) or (fitting or MOS_SCALES[-1:])[0], finite & (mos < 0)
+        offsets[target] = -top if below.any() else 0.0
+        scales[target] = top - offsets[target]
+        frame[target] = ((mos - offsets[target]) / scales[target]).astype(np.float32)
+        if below.any():
+            print(f"{column} is below 0 in {below.sum()} of {len(mos)} rows (lowest "
+                  f"{mos.min():g}): it is read as scores from {-top:g} to {top:g}")
         problems += [
-            (f"{columns.get(name)} that is not a finite number", ~finite & (text != ""),
+            (f"{column} that is not a finite number", ~finite & (text != ""),
              "correct them; an empty cell is no score"),
-            (f"{columns.get(name)} below 0", finite & (mos < 0), "shift the scores to start at 0"),
-            (f"{columns.get(name)} above the label scale {scales[target]:g}",
-             finite & (mos > scales[target]), f"give the top of your scale with --{flag}")]
+            (f"{column} above the label scale {top:g}{' or below its negative' * below.any()}",
+             finite & (mos.abs() > top), f"give the top of your scale with --{flag}")]
     names = " nor ".join(columns[name] for name in ("mos_quality", "mos_align") if name in columns)
-    return scales, [*problems, (f"neither {names}" if " " in names else f"no {names}",
-                                frame[["q", "c"]].isna().all(axis=1),
-                                "fill in one of them or remove the rows")]
+    scoreless = frame[["q", "c"]].isna().all(axis=1) & (frame.get("part") != "test")
+    return scales, offsets, [*problems, (f"neither {names}" if " " in names else f"no {names}",
+                                         scoreless, "fill in one of them or remove the rows")]
+
+
+def to_mos(score, target, scales, offsets):
+    """Return scores on [0, 1], an array or tensor, on the MOS scale."""
+    return offsets[target] + scales[target] * score
 
 
 def trained_targets(frame, args):
@@ -473,31 +534,31 @@ def trained_targets(frame, args):
 def split_rows(table, args, seed):
     """Split the rows into {"train", "val", "test"}: sorted arrays of row numbers.
 
-    By prompt, all images of a prompt (case and spacing aside) go to one part. Prompts are drawn
-    in a random order that depends on the seed alone; one is taken while that brings the part's
-    number of images closer to its ratio.
+    By prompt, all images of a prompt or group go to one part. They are drawn in a random order that
+    depends on the seed alone; one is taken while that brings the part's number of images closer to
+    its ratio. What the table says about the parts stays; of it, only a missing val is drawn.
     """
     group = np.arange(len(table.frame))
     if args.split_by == "prompt":
-        folded = np.array([" ".join(text.casefold().split()) for text in table.prompts], object)
-        group = pd.factorize(folded, sort=True)[0][table.frame["prompt_id"]]
-    sizes = np.bincount(group)
-    part_of = np.zeros(len(sizes), dtype=int)
-    order = np.random.default_rng([seed, 0]).permutation(len(sizes))
-    for part, ratio in ((2, args.test_ratio), (1, args.val_ratio)):
-        room = ratio * len(group)
-        for g in order:
-            if part_of[g] == 0 and sizes[g] / 2 <= room:
-                part_of[g], room = part, room - sizes[g]
-    parts = {name: np.flatnonzero(part_of[group] == i)
-             for i, name in enumerate(("train", "val", "test"))}
+        group = table.frame["group_id"].to_numpy()
+    part = table.frame.get("part", pd.Series("train", table.frame.index)).to_numpy(object)
+    order = np.random.default_rng([seed, 0]).permutation(group.max() + 1)
+    whole = (part == "train").sum()
+    for name, ratio in (("test", args.test_ratio), ("val", args.val_ratio)):
+        free, taken = part == "train", np.zeros(len(order), dtype=bool)
+        sizes, room = np.bincount(group[free], minlength=len(order)), ratio * whole
+        for g in order if name not in part else ():
+            if 0 < sizes[g] / 2 <= room:
+                taken[g], room = True, room - sizes[g]
+        part = np.where(free & taken[group], name, part)
+    parts = {name: np.flatnonzero(part == name) for name in ("train", "val", "test")}
     for (name, rows), target in itertools.product(parts.items(), table.targets):
         scored = table.frame[target].iloc[rows].count()
         if scored < 2 and (name != "test" or args.test_ratio):
             raise UserError(f"Each part needs at least 2 images with a score of {TITLES[target]}, "
-                            f"but {name} has {scored} of {len(group)} (in {len(sizes)} groups): add "
-                            f"images or prompts, or change --val_ratio, --test_ratio, --split_by "
-                            f"or --seed.")
+                            f"but {name} has {scored} of {len(group)} (in {len(order)} groups): "
+                            f"add images or prompts, or change --val_ratio, --test_ratio, --split_by, "
+                            f"--split_column or --seed.")
     return parts
 
 
@@ -1230,6 +1291,8 @@ def evaluate(run, part):
             values = torch.stack([out[name] for name in PREDICTIONS])
             outputs.append((views.row[kept > 0], values[:, :int(kept.sum())]))
     pred = predictions(outputs).loc[rows]
+    prompts = run.table.frame["prompt"].iloc[rows].to_numpy()
+    pred.loc[[not prompt.strip() for prompt in prompts], ["c", "c_base"]] = np.nan
     measured = metrics(pred, run.table.frame.iloc[rows])
     loss = sum(getattr(run.args, f"w_{t}") * measured.get(f"rmse_{t}", 0.0) ** 2 for t in TARGETS)
     return pred, measured | {"loss": loss}
@@ -1314,7 +1377,7 @@ def set_up(args, table, seed):
     s0 = (f * t).sum(-1)
     if not args.no_base_calibration:
         calibrate(scorer, probe, s0, table.frame["c"].to_numpy(), parts["train"])
-    if "q" not in table.targets:  # 0.5 for every image: what the consistency takes from it is no noise
+    if "q" not in table.targets:  # it stays 0.5, so that consistency takes no noise from it
         nn.init.zeros_(scorer.quality.base.weight)
         nn.init.zeros_(scorer.quality.base.bias)
     for tower in towers.values():
@@ -1843,13 +1906,14 @@ def fit_floors(f, t, antonyms, frame, train, args):
         if not len(rows):
             continue
         y = torch.from_numpy(frame[target].iloc[rows].to_numpy(np.float64))
-        groups = np.unique(frame["prompt_id"].iloc[rows], return_inverse=True)[1]
+        groups = np.unique(frame["group_id"].iloc[rows], return_inverse=True)[1]
         y = torch.logit(y, 0.01) if target == "q" else y
         weights, intercept, unseen = fit_ridge(x[rows], y, groups)
         pred = x @ weights + intercept
         floors["linear_probe"][target] = torch.sigmoid(pred) if target == "q" else pred
         if target == "q":
-            probe = weights, intercept, torch.sigmoid(pred.index_copy(0, torch.from_numpy(rows), unseen))
+            pred[rows] = unseen
+            probe = weights, intercept, torch.sigmoid(pred)
     if args.split_by == "image":  # the training mean of the prompt: it sees no pixels
         mos = frame.iloc[train]
         means = mos.groupby("prompt_id")[list(TARGETS)].mean().reindex(frame["prompt_id"])
@@ -2000,7 +2064,8 @@ def save_checkpoint(run, best):
     content = {"format": FORMAT, "version": FORMAT_VERSION, "seed": run.seed,
                "args": {k: v for k, v in vars(run.args).items() if k != "explicit"},
                "identity": run.identity, "scales": run.table.scales, "split": split_hash(run),
-               "targets": run.table.targets, "data": data_hash(run.table),
+               "offsets": run.table.offsets, "targets": run.table.targets,
+               "data": data_hash(run.table),
                "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
                "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
                "progress": run.progress, "processes": WORLD}
@@ -2045,7 +2110,7 @@ def split_hash(run):
 @functools.cache  # every checkpoint asks
 def data_hash(table):
     """Return a hash of images' names, prompts, explanations and scaled MOS."""
-    data = table.frame.drop(columns=["path", "stamp"]).to_csv()
+    data = table.frame.drop(columns=["path", "stamp", "group_id"]).to_csv()
     return hashlib.sha256(data.encode()).hexdigest()
 
 
@@ -2180,15 +2245,26 @@ TIERS = {
 }
 
 
+def split_name(args):
+    """Return what the split is by."""
+    return args.split_column or args.group_column or args.split_by
+
+
 def print_setup(args, table, parts, scorer, device):
     """Print what the run is about to do."""
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items() if len(rows))
-    print(f"data: {len(table.frame)} images, {len(table.prompts)} prompts, split by "
-          f"{args.split_by}: {counts}; label scales " + ", ".join(
-              f"{t.upper()} {table.scales[t]:g}" for t in table.targets))
-    if args.split_by == "image":
-        print("WARNING: --split_by image leaks: the same prompts are in training and validation; "
-              "compare with the prompt-mean floor, which sees no pixels")
+    groups, prompts = table.frame["group_id"].to_numpy(), sum(map(bool, table.prompts))
+    print(f"data: {len(groups)} images, {prompts} prompts, split by {split_name(args)}: {counts}; "
+          f"label scales " + ", ".join(f"{t.upper()} {table.scales[t] + table.offsets[t]:g}"
+                                       for t in table.targets))
+    if split_name(args) == "prompt" and groups.max() >= 0.9 * len(groups):
+        print(f"nearly every prompt is unique ({prompts} prompts, {len(groups)} images), so this "
+              f"is nearly a split by image: --group_column names what else must stay together")
+    for part in ("val", "test"):
+        leaks = np.isin(groups[parts[part]], groups[parts["train"]]).sum()
+        if leaks:
+            print(f"WARNING: the split by {split_name(args)} leaks: {leaks} of {len(parts[part])} "
+                  f"{part} images have a {args.group_column or 'prompt'} that training images have")
     for name, tower in scorer.towers.items():
         sizes = [(p.numel(), p.requires_grad) for p in tower.encoder.parameters()]
         trained, total = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
@@ -2264,7 +2340,8 @@ def results(run):
         load_trained_state(run.scorer, content["state"], best)
     for value in run.scorer.trained_state().values() if WORLD > 1 else ():
         dist.broadcast(value.detach(), 0)
-    judged, preds = "test" if len(run.parts["test"]) else "val", {}
+    scored = run.table.frame[list(run.table.targets)].iloc[run.parts["test"]].count()
+    judged, preds = "test" if scored.min() > 1 else "val", {}
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": args.command, "seed": run.seed,
            "split": split_hash(run), "part": judged, "best_epoch": gather(epoch)[0],
            "epochs_run": run.progress["epoch"]}
@@ -2283,7 +2360,10 @@ def results(run):
             row |= {f"saturated_{t}": float((size > SATURATED).mean()),
                     f"largest_delta_{t}": float(size.max())}
         drawn = bootstrap({"run": pred[t]} | {name: of[t][rows] for name, of in run.floors.items()},
-                          *run.table.frame[[t, "prompt_id"]].to_numpy()[rows].T)
+                          *run.table.frame[[t, "group_id"]].to_numpy()[rows].T)
+        if (drawn[[*run.floors]].quantile(0.975) < 0).any():
+            print(f"{TITLES[t]}: the SROCC of a floor is clearly below 0: higher scores must be "
+                  f"better; turn DMOS round (its maximum minus each)")
         drawn = drawn.assign(**{name: drawn["run"] - drawn[name] for name in run.floors})  # gains
         for name, (low, high) in drawn.quantile([0.025, 0.975]).items():
             key = f"interval_{t}" if name == "run" else f"gain_{name}_{t}"
@@ -2309,9 +2389,15 @@ def score_table(rows):
 
 def verdict(row):
     """Return the lines below the table: gains over the floors, and of one run gap and tier."""
-    lines = [f"gain over {title}, paired, 95 %: " + ", ".join(
-        f"{t.upper()} {row[f'gain_{name}_{t}']:+.4f} ({row[f'gain_{name}_{t}_low']:+.4f}.."
-        f"{row[f'gain_{name}_{t}_high']:+.4f})" for t in TARGETS if f"gain_{name}_{t}" in row)
+    interval_free = not any(key.endswith("_low") for key in row)
+
+    def gain(key):
+        if not interval_free:
+            return f"{row[key]:+.4f} ({row[f'{key}_low']:+.4f}..{row[f'{key}_high']:+.4f})"
+        return f"{row[key]:+.4f} +- {row['sd'][key]:.4f}"  # of seeds on one split
+    lines = [f"gain over {title}, paired, {'mean +- SD' if interval_free else '95 %'}: " + (
+        ", ".join(f"{t.upper()} {gain(key)}" for t in TARGETS
+                  if (key := f"gain_{name}_{t}") in row))
         for name, title in FLOORS.items() if {f"gain_{name}_q", f"gain_{name}_c"} & set(row)]
     return lines + [
         f"{TITLES[t]}: 95 % interval of SROCC {row[f'interval_{t}_low']:.3f}.."
@@ -2332,10 +2418,11 @@ def keep_records(run, preds, row):
     print_advice(args, findings)
     if RANK:
         return
-    for part in ("val", "test") if row["part"] == "test" else ("val",):
+    for part in [part for part in ("val", "test") if part in preds]:
         table = frame.reindex(columns=["name", "prompt", "mos_quality", "mos_align"])
         table = table.iloc[run.parts[part]].dropna(axis="columns")
-        table = add_scores(table, preds[part], run.table.scales, run.table.targets)
+        table = add_scores(table, preds[part], run.table.scales, run.table.offsets,
+                           run.table.targets)
         save_text(folder / f"{part}_predictions.csv", table.to_csv(index=False))
     if not args.no_plots:
         write_report(run, preds[row["part"]], row, before + findings)
@@ -2344,12 +2431,13 @@ def keep_records(run, preds, row):
     save_text(folder / "result.json", json_text(row))
 
 
-def add_scores(table, pred, scales, targets=TARGETS):
+def add_scores(table, pred, scales, offsets, targets):
     """Return the table with the columns of scores for people: clamped, on the MOS scale."""
     names = {"quality": "q", "consistency": "c", "quality_base": "q_base",
              "consistency_base": "c_base"}
-    return table.assign(**{name: (pred[key].to_numpy(float).clip(0, 1) * scales[key[0]]).round(4)
-                           for name, key in names.items() if key[0] in targets})
+    return table.assign(**{
+        name: to_mos(pred[key].to_numpy(float).clip(0, 1), key[0], scales, offsets).round(4)
+        for name, key in names.items() if key[0] in targets})
 
 
 def json_text(value, indent=1):
@@ -2375,7 +2463,8 @@ def write_config(run):
     save_text(folder / "config.json", json_text({
         "arguments": {k: v for k, v in vars(args).items() if k != "explicit"}, "seed": run.seed,
         "fingerprint": fingerprint(args, table), "identity": run.identity,
-        "label_scales": table.scales, "targets": table.targets, "split": split_hash(run),
+        "label_scales": table.scales, "label_offsets": table.offsets, "targets": table.targets,
+        "split": split_hash(run),
         "images": {part: len(rows) for part, rows in run.parts.items()},
         "versions": {"python": sys.version.split()[0]} | {
             module.__name__: module.__version__ for module in (torch, open_clip, pd, np, scipy)},
@@ -2414,6 +2503,8 @@ def archive_old_run(args):
 def train_repeats(args, table):
     """Train on several splits; a repeat that was finished before is kept, one that began goes on.
 
+    With a split column the seeds alone differ: then there is no interval over splits.
+
     Returns {"repeats": rows, "mean", "sd": by the rows' keys, "gain_<floor>_<target>": mean of the
     paired differences over splits, .._low, .._high: its 95 % t interval}.
     """
@@ -2444,9 +2535,10 @@ def train_repeats(args, table):
     result = {"repeats": rows, "part": rows[0]["part"], "mean": mean.to_dict(), "sd": sd.to_dict(),
               "output_dir": args.output_dir, "command": args.command}
     for name in [name for name in numbers if name.startswith("gain_")]:
-        result |= {name: mean[name], f"{name}_low": mean[name] - margin[name],
-                   f"{name}_high": mean[name] + margin[name]}
-    print(f"\n{result['part']} of {len(rows)} splits, mean +- SD\n{score_table(rows).to_string()}")
+        result |= {name: mean[name]} | ({} if args.split_column else {
+            f"{name}_low": mean[name] - margin[name], f"{name}_high": mean[name] + margin[name]})
+    what = "seeds" if args.split_column else "splits"
+    print(f"\n{result['part']} of {len(rows)} {what}, mean +- SD\n{score_table(rows).to_string()}")
     print("\n".join(verdict(result)))
     save_text(Path(args.output_dir, "result.json"), json_text(result))
     return result
@@ -2599,14 +2691,15 @@ def draw_scatter(pred, frame, table, row, path):
     """Draw predicted against human MOS of each target, on the MOS scale."""
     with picture(path, 1, len(table.targets), (5 * len(table.targets), 4.8)) as axes:
         for axis, t in zip(axes[0], table.targets):
-            scale, part = table.scales[t], row["part"]
-            axis.scatter(frame[t] * scale, pred[t].clip(0, 1) * scale, s=12, alpha=0.5,
-                         color=COLOURS[t], edgecolors="none")
-            axis.plot([0, scale], [0, scale], color="black", linewidth=0.8, label="identity")
+            human, ours = (to_mos(side, t, table.scales, table.offsets)
+                           for side in (frame[t], pred[t].clip(0, 1)))
+            part, ends = row["part"], (table.offsets[t], table.offsets[t] + table.scales[t])
+            axis.scatter(human, ours, s=12, alpha=0.5, color=COLOURS[t], edgecolors="none")
+            axis.plot(ends, ends, color="black", linewidth=0.8, label="identity")
             axis.set(title=f"{TITLES[t]} ({part}): SROCC {row[f'{part}_srocc_{t}']:.3f}, "
                            f"PLCC {row[f'{part}_plcc_{t}']:.3f}", aspect="equal",
-                     xlabel=f"human MOS (0 to {scale:g})", xlim=(0, scale),
-                     ylabel=f"predicted MOS (0 to {scale:g})", ylim=(0, scale))
+                     xlabel="human MOS ({:g} to {:g})".format(*ends), xlim=ends,
+                     ylabel="predicted MOS ({:g} to {:g})".format(*ends), ylim=ends)
             axis.grid(alpha=0.25)
 
 
@@ -2623,7 +2716,8 @@ def draw_worst(pred, frame, table, path, count=6):
                 image = Image.new("RGB", (8, 8), "grey")
             image.thumbnail((256, 256))
             axis.imshow(image)
-            human, ours = (side.iloc[worst] * table.scales[t] for side in (frame[t], pred[t].clip(0, 1)))
+            human, ours = (to_mos(side.iloc[worst], t, table.scales, table.offsets)
+                           for side in (frame[t], pred[t].clip(0, 1)))
             axis.set_title(f"{TITLES[t]}: human {human:.2f}, predicted {ours:.2f}", fontsize=7)
             prompt = "\n".join(textwrap.wrap(frame["prompt"].iloc[worst], 26, max_lines=3,
                                              placeholder=" .."))
@@ -2660,7 +2754,7 @@ def write_report(run, pred, row, findings):
     page = PAGE.format(**row | {
         "command": html.escape(f"python baseline.py {args.command}"), "count": len(frame),
         "what": " and ".join(TITLES[t] for t in run.table.targets).capitalize(),
-        "split_by": args.split_by, "pictures": pictures, "lines": "".join(
+        "split_by": split_name(args), "pictures": pictures, "lines": "".join(
             f"<li>{line}</li>" for line in lines), "table": score_table([row]).to_html(border=0)})
     save_text(folder / "report.html", page)
 
@@ -2787,7 +2881,8 @@ def predict(args):
         content = load_checkpoint(args.checkpoint)
         named = {flag for flag in args.explicit if flag.endswith("_column")}
         saved = argparse.Namespace(**content["args"] | {k: getattr(args, k) for k in named})
-        for t in set(TARGETS) - set(content.get("targets", TARGETS)):
+        targets = content.get("targets", TARGETS)
+        for t in set(TARGETS) - set(targets):
             if getattr(args, f"min_{TITLES[t]}") is not None:
                 raise UserError(f"--min_{TITLES[t]} needs scores of {TITLES[t]}, but "
                                 f"{args.checkpoint} was not trained on any: drop it.")
@@ -2798,11 +2893,11 @@ def predict(args):
         args.cache, device = "off", pick_device(args)
         scorer = load_scorer(args, content, device)
         pred, errors = score_images(*scorer, paths, prompts, args, device)
-        targets = content.get("targets", TARGETS)
+        offsets = content.get("offsets", dict.fromkeys(TARGETS, 0.0))
         own = {"q": saved.quality_column, "c": saved.consistency_column}
         for t, column in ((t, own[t]) for t in targets):
             scores = frame[column] if column in frame else pd.Series(index=frame.index, dtype=float)
-            mos = pd.to_numeric(scores, errors="coerce") / content["scales"][t]
+            mos = (pd.to_numeric(scores, errors="coerce") - offsets[t]) / content["scales"][t]
             good = np.isfinite(mos) & np.isfinite(pred[t])
             if good.any():
                 measured = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
@@ -2812,7 +2907,7 @@ def predict(args):
         for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
             free = (name + "_input" * k for k in itertools.count(1))
             frame = frame.rename(columns={name: next(n for n in free if n not in frame)})
-        frame = add_scores(frame, pred, content["scales"], targets)
+        frame = add_scores(frame, pred, content["scales"], offsets, targets)
         frame["error"] = [errors.get(row, "") for row in range(len(frame))]
         limits = {"quality": args.min_quality, "consistency": args.min_consistency}
         passes = [frame[name] >= limit for name, limit in limits.items() if limit is not None]
