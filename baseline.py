@@ -235,9 +235,9 @@ def build_parser():
     add("--checkpoint", default="outputs/baseline_best.pt", help="what --predict scores with")
     add("--prompt", help="of every image of --predict; a .txt file beside a folder's image wins")
     add("--predictions_csv", default="predictions.csv", help="of --predict; - for standard output")
-    add("--min_quality", type=number(-math.inf),
+    add("--min_quality", type=number(-1e6),
         help="add a column `keep`: quality at least this MOS")
-    add("--min_consistency", type=number(-math.inf),
+    add("--min_consistency", type=number(-1e6),
         help="the same for consistency; both must hold")
     return parser
 
@@ -392,8 +392,8 @@ def read_csv(path):
 
 def load_table(args):
     """Read and check the whole CSV; raise one UserError that lists all that is wrong with it."""
-    raw = frame = read_csv(args.data_csv_path)
-    path = args.data_csv_path
+    raw, path = read_csv(args.data_csv_path), args.data_csv_path
+    frame = raw
     columns = {"name": args.name_column, "prompt": args.prompt_column,
                "mos_quality": args.quality_column, "mos_align": args.consistency_column}
     columns |= {name: column for name, column in (
@@ -413,7 +413,7 @@ def load_table(args):
     frame["path"] = [Path(args.image_base_dir, name) for name in frame["name"]]
     frame["stamp"] = [f"{(stat := os.stat(path)).st_size}-{stat.st_mtime_ns}"
                       if os.path.isfile(path) else "" for path in frame["path"]]
-    wrong_parts = read_parts(frame, args)
+    wrong_parts = read_parts(frame, raw, args)
     scales, offsets, wrong_scores = read_scores(frame, columns, args)
     blank = frame["name"].str.strip() == ""
     blank_prompts = (frame["prompt"].str.strip() == "") & frame["c"].notna()
@@ -431,14 +431,9 @@ def load_table(args):
     if lines:
         raise UserError(f"{path} cannot be used, the header being row 1:" + "".join(lines))
     targets = trained_targets(frame, args)
-    for column in raw if not args.split_column else ():
-        parts = named_parts(raw[column].drop_duplicates())
-        if column.strip().casefold() == "split" or (parts.nunique() > 1 and parts.notna().all()):
-            print(f"the column {column} is ignored: --split_column {column} splits by it")
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
     frame["prompt_id"], prompts = pd.factorize(frame["prompt"], sort=True)
-    groups = folded(frame["group" if args.group_column else "prompt"])
-    frame["group_id"] = pd.factorize(groups.where(groups != "", "\0" + frame["name"]), sort=True)[0]
+    frame["group_id"] = groups_of(frame, args)
     texts = frame.get("explanation", pd.Series("", frame.index)).str.strip()
     frame["explanation_id"], explanations = pd.factorize(texts.where(texts != ""), sort=True)
     if args.use_explanations and not len(explanations):
@@ -452,8 +447,15 @@ def folded(texts):
     return texts.map(lambda text: " ".join(text.casefold().split()))
 
 
-def read_parts(frame, args):
-    """Make of a split column train, val, test; returns its problems and the group's."""
+def read_parts(frame, raw, args):
+    """Make of a split column train, val, test, or name one of the raw file that is ignored.
+
+    Returns its problems and those of the group.
+    """
+    for column in raw if not args.split_column else ():
+        parts = named_parts(raw[column].drop_duplicates())
+        if column.strip().casefold() == "split" or (parts.nunique() > 1 and parts.notna().all()):
+            print(f"the column {column} is ignored: --split_column {column} splits by it")
     texts = frame.get("part", pd.Series("train", frame.index))
     parts = named_parts(texts)
     if args.split_column:
@@ -463,6 +465,12 @@ def read_parts(frame, args):
     return [(f"{args.split_column} that is no part ({values})", parts.isna(),
              "call it train, val or test"),
             (f"empty {args.group_column}", empty, "fill them in or remove the rows")]
+
+
+def groups_of(frame, args):
+    """Return the number of each row's group or prompt; without one a row is its own group."""
+    texts = folded(frame["group" if args.group_column else "prompt"])
+    return pd.factorize(texts.where(texts != "", "\0" + frame["name"]), sort=True)[0]
 
 
 def named_parts(texts):
@@ -505,7 +513,7 @@ def read_scores(frame, columns, args):
         problems += [
             (f"{column} that is not a finite number", ~finite & (text != ""),
              "correct them; an empty cell is no score"),
-            (f"{column} above the label scale {top:g}{' or below its negative' * below.any()}",
+            (f"{column} above the label scale {top:g}{' or below its negative' * int(below.any())}",
              finite & (mos.abs() > top), f"give the top of your scale with --{flag}")]
     names = " nor ".join(columns[name] for name in ("mos_quality", "mos_align") if name in columns)
     scoreless = frame[["q", "c"]].isna().all(axis=1) & (frame.get("part") != "test")
@@ -557,8 +565,8 @@ def split_rows(table, args, seed):
         if scored < 2 and (name != "test" or args.test_ratio):
             raise UserError(f"Each part needs at least 2 images with a score of {TITLES[target]}, "
                             f"but {name} has {scored} of {len(group)} (in {len(order)} groups): "
-                            f"add images or prompts, or change --val_ratio, --test_ratio, --split_by, "
-                            f"--split_column or --seed.")
+                            f"add images or prompts, or change --val_ratio, --test_ratio, "
+                            f"--split_by, --split_column or --seed.")
     return parts
 
 
@@ -2882,10 +2890,9 @@ def predict(args):
         named = {flag for flag in args.explicit if flag.endswith("_column")}
         saved = argparse.Namespace(**content["args"] | {k: getattr(args, k) for k in named})
         targets = content.get("targets", TARGETS)
-        for t in set(TARGETS) - set(targets):
-            if getattr(args, f"min_{TITLES[t]}") is not None:
-                raise UserError(f"--min_{TITLES[t]} needs scores of {TITLES[t]}, but "
-                                f"{args.checkpoint} was not trained on any: drop it.")
+        if wrong := [f"--min_{TITLES[t]}" for t in TARGETS if t not in targets
+                     and getattr(args, f"min_{TITLES[t]}") is not None]:
+            raise UserError(f"{args.checkpoint} was not trained on what {wrong[0]} asks: drop it.")
         frame, paths, prompts = scoring_frame(args, saved)
         if "precision" not in args.explicit:
             args.precision = saved.precision
@@ -2894,8 +2901,9 @@ def predict(args):
         scorer = load_scorer(args, content, device)
         pred, errors = score_images(*scorer, paths, prompts, args, device)
         offsets = content.get("offsets", dict.fromkeys(TARGETS, 0.0))
-        own = {"q": saved.quality_column, "c": saved.consistency_column}
-        for t, column in ((t, own[t]) for t in targets):
+        for t, column in zip(TARGETS, (saved.quality_column, saved.consistency_column)):
+            if t not in targets:
+                continue
             scores = frame[column] if column in frame else pd.Series(index=frame.index, dtype=float)
             mos = (pd.to_numeric(scores, errors="coerce") - offsets[t]) / content["scales"][t]
             good = np.isfinite(mos) & np.isfinite(pred[t])
