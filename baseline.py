@@ -2879,6 +2879,14 @@ def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
     return pred, errors
 
 
+def refuse_untrained_limits(args, targets):
+    """Raise UserError where --min_quality or --min_consistency is of no trained target."""
+    for t in TARGETS:
+        if t not in targets and getattr(args, f"min_{TITLES[t]}") is not None:
+            raise UserError(f"{args.checkpoint} gives no {TITLES[t]}, for it had no such scores to "
+                            f"train on: drop --min_{TITLES[t]}.")
+
+
 def predict(args):
     """Score --predict's target with --checkpoint and write --predictions_csv.
 
@@ -2890,9 +2898,7 @@ def predict(args):
         named = {flag for flag in args.explicit if flag.endswith("_column")}
         saved = argparse.Namespace(**content["args"] | {k: getattr(args, k) for k in named})
         targets = content.get("targets", TARGETS)
-        if wrong := [f"--min_{TITLES[t]}" for t in TARGETS if t not in targets
-                     and getattr(args, f"min_{TITLES[t]}") is not None]:
-            raise UserError(f"{args.checkpoint} was not trained on what {wrong[0]} asks: drop it.")
+        refuse_untrained_limits(args, targets)
         frame, paths, prompts = scoring_frame(args, saved)
         if "precision" not in args.explicit:
             args.precision = saved.precision
@@ -2901,9 +2907,8 @@ def predict(args):
         scorer = load_scorer(args, content, device)
         pred, errors = score_images(*scorer, paths, prompts, args, device)
         offsets = content.get("offsets", dict.fromkeys(TARGETS, 0.0))
-        for t, column in zip(TARGETS, (saved.quality_column, saved.consistency_column)):
-            if t not in targets:
-                continue
+        own = {"q": saved.quality_column, "c": saved.consistency_column}
+        for t, column in [(t, own[t]) for t in targets]:
             scores = frame[column] if column in frame else pd.Series(index=frame.index, dtype=float)
             mos = (pd.to_numeric(scores, errors="coerce") - offsets[t]) / content["scales"][t]
             good = np.isfinite(mos) & np.isfinite(pred[t])
