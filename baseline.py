@@ -150,10 +150,12 @@ def build_parser():
     add("--quality_column", default="mos_quality", help="CSV column: quality MOS")
     add("--consistency_column", default="mos_align", help="CSV column: consistency MOS")
     add("--label_scale_q", type=label_scale, default="auto",
-        help="divisor of the quality MOS; auto: least of 1, 5, 10, 100 not below its maximum")
+        help="top of the quality MOS; auto: least of 1, 5, 10, 100 not below its maximum")
     add("--label_scale_c", type=label_scale, default="auto", help="the same for consistency")
     add("--split_by", choices=("prompt", "image"), default="prompt",
         help="prompt: no prompt on both sides; image: leaks prompts")
+    add("--group_column", help="CSV column: what must not be on both sides, instead of the prompt")
+    add("--split_column", help="CSV column: train, val or test; without val it is drawn from train")
     add("--val_ratio", type=number(0, 0.9, open_low=True), default=0.2, help="share for validation")
     add("--test_ratio", type=number(0, 0.9), default=0.0,
         help="share of images in the test part, used once at the end; 0: none")
@@ -240,8 +242,10 @@ def build_parser():
     add("--checkpoint", default="outputs/baseline_best.pt", help="what --predict scores with")
     add("--prompt", help="of every image of --predict; a .txt file beside a folder's image wins")
     add("--predictions_csv", default="predictions.csv", help="of --predict; - for standard output")
-    add("--min_quality", type=number(0), help="add a column `keep`: quality at least this MOS")
-    add("--min_consistency", type=number(0), help="the same for consistency; both must hold")
+    add("--min_quality", type=number(-1e6),
+        help="add a column `keep`: quality at least this MOS")
+    add("--min_consistency", type=number(-1e6),
+        help="the same for consistency; both must hold")
     return parser
 
 
@@ -268,6 +272,10 @@ def parse_args(argv=None):
             (args.val_ratio + args.test_ratio >= 1,
              f"--val_ratio {args.val_ratio:g} and --test_ratio {args.test_ratio:g} leave no "
              f"training images: their sum must stay below 1"),
+            (args.split_column and args.test_ratio,
+             f"--split_column {args.split_column} says what the test part is: drop --test_ratio"),
+            (args.group_column and args.split_by == "image",
+             "--split_by image and --group_column exclude each other: drop one of them"),
             (args.w_q + args.w_c == 0,
              "--w_q and --w_c are both 0, so nothing would be learned: raise one of them"),
             (args.refinement_dim % args.refinement_heads,
@@ -319,7 +327,7 @@ import warnings
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import filelock
 import huggingface_hub
@@ -342,6 +350,9 @@ from tqdm import tqdm
 # --- data -----------------------------------------------------------------------------------
 
 MOS_SCALES = (1.0, 5.0, 10.0, 100.0)
+PART_OF = {name: part for part, names in {
+    "train": "train training trn 训练", "test": "test testing tst 测试",
+    "val": "val valid validation dev development 验证"}.items() for name in names.split()}
 MOST_NARROW = 100  # longer side of an image divided by its shorter one
 
 
@@ -352,7 +363,8 @@ class Table:
     frame: N rows sorted by name, so that nothing depends on the order of the CSV; its index is the
     row in the CSV (the header is row 1). name, prompt, mos_quality, mos_align: as they stand there;
     path: of the image; stamp: its size and time; prompt_id, explanation_id (-1: none): index into
-    the unique texts; q, c: float32 human MOS divided by the label scale.
+    the unique texts; group_id: of what must not be on both sides of a split; part: by
+    --split_column; q, c: float32 human MOS on [0, 1] (see to_mos), NaN where there is none.
     """
 
     frame: pd.DataFrame
@@ -360,6 +372,8 @@ class Table:
     explanations: list
     scales: dict  # {"q": .., "c": ..} label scales
     skipped: pd.DataFrame  # rows of skipped.csv
+    targets: tuple = TARGETS  # those that have scores; the others are in no loss and no output
+    offsets: dict = field(default_factory=lambda: dict.fromkeys(TARGETS, 0.0))
 
 
 def read_csv(path):
@@ -387,82 +401,181 @@ def read_csv(path):
 
 def load_table(args):
     """Read and check the whole CSV; raise one UserError that lists all that is wrong with it."""
-    frame, path = read_csv(args.data_csv_path), args.data_csv_path
+    raw, path = read_csv(args.data_csv_path), args.data_csv_path
+    frame = raw
     columns = {"name": args.name_column, "prompt": args.prompt_column,
                "mos_quality": args.quality_column, "mos_align": args.consistency_column}
-    columns |= {"explanation": args.explanation_column} if args.use_explanations else {}
+    columns |= {name: column for name, column in (
+        ("explanation", args.use_explanations and args.explanation_column),
+        ("group", args.group_column), ("part", args.split_column)) if column}
+    columns = {name: columns[name] for name in columns if name not in absent_ones(frame, args)}
     if absent := [column for column in columns.values() if column not in frame]:
         raise UserError(f"{path} needs the columns {', '.join(columns.values())}, but "
                         f"{', '.join(absent)} is missing (it has {', '.join(frame.columns)}): "
                         f"rename it with --name_column, --prompt_column, --quality_column, "
-                        f"--consistency_column or --explanation_column.")
+                        f"--consistency_column, --explanation_column, --group_column or "
+                        f"--split_column.")
     if frame.empty:
         raise UserError(f"{path} has a header but no rows: add one per image.")
-    frame = pd.DataFrame({name: frame[column] for name, column in columns.items()})
+    frame = pd.DataFrame({"prompt": ""} | {name: frame[own] for name, own in columns.items()},
+                         frame.index)
     frame["path"] = [Path(args.image_base_dir, name) for name in frame["name"]]
     frame["stamp"] = [f"{(stat := os.stat(path)).st_size}-{stat.st_mtime_ns}"
                       if os.path.isfile(path) else "" for path in frame["path"]]
+    wrong_parts = read_parts(frame, raw, args)
+    scales, offsets, wrong_scores = read_scores(frame, columns, args)
     blank = frame["name"].str.strip() == ""
+    blank_prompts = (frame["prompt"].str.strip() == "") & frame["c"].notna()
     problems = [  # what, bad rows, remedy
         ("empty image names", blank, "fill them in or remove the rows"),
         ("duplicate image names", frame["name"].duplicated(keep=False) & ~blank,
          "keep one row per image"),
-        ("empty prompts", frame["prompt"].str.strip() == "", "fill them in or remove the rows"),
+        ("empty prompts", blank_prompts, "fill them in or remove the rows"),
         (f"image files missing in {args.image_base_dir}", ~blank & (frame["stamp"] == "")
-         & (not args.skip_bad_images), "check --image_base_dir and the names")]
-    scales = {}
-    for target, name in (("q", "mos_quality"), ("c", "mos_align")):
-        mos = pd.to_numeric(frame[name].str.strip(), errors="coerce").astype(float)
-        finite, flag = np.isfinite(mos), f"label_scale_{target}"
-        fitting = [scale for scale in MOS_SCALES if not mos[finite].max() > scale]
-        scales[target] = getattr(args, flag) or (fitting or MOS_SCALES[-1:])[0]
-        frame[target] = (mos / scales[target]).astype(np.float32)
-        problems += [
-            (f"{columns[name]} that is not a finite number", ~finite, "correct or remove the rows"),
-            (f"{columns[name]} below 0", finite & (mos < 0), "shift the scores to start at 0"),
-            (f"{columns[name]} above the label scale {scales[target]:g}",
-             finite & (mos > scales[target]), f"give the top of your scale with --{flag}")]
+         & (not args.skip_bad_images), "check --image_base_dir and the names"),
+        *wrong_parts, *wrong_scores]
     wrong = [(what, [*map(str, frame.index[bad])], remedy) for what, bad, remedy in problems]
     lines = [f"\n  - {what}: {len(rows)} row{'s' * (len(rows) > 1)} ({', '.join(rows[:5])}"
              f"{', ..' * (len(rows) > 5)}); {remedy}" for what, rows, remedy in wrong if rows]
     if lines:
         raise UserError(f"{path} cannot be used, the header being row 1:" + "".join(lines))
+    targets = trained_targets(frame, args)
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
     frame["prompt_id"], prompts = pd.factorize(frame["prompt"], sort=True)
+    frame["group_id"] = groups_of(frame, args)
     texts = frame.get("explanation", pd.Series("", frame.index)).str.strip()
     frame["explanation_id"], explanations = pd.factorize(texts.where(texts != ""), sort=True)
     if args.use_explanations and not len(explanations):
         raise UserError(f"{path} has no text in its column {args.explanation_column}: fill it in, "
                         f"or drop --use_explanations.")
-    return Table(frame, list(prompts), list(explanations), scales, skipped)
+    return Table(frame, list(prompts), list(explanations), scales, skipped, targets, offsets)
+
+
+def folded(texts):
+    """Return a Series of texts in which case and spacing make no difference."""
+    return texts.map(lambda text: " ".join(text.casefold().split()))
+
+
+def read_parts(frame, raw, args):
+    """Make of a split column train, val, test, or name one of the raw file that is ignored.
+
+    Returns its problems and those of the group.
+    """
+    for column in raw if not args.split_column else ():
+        parts = named_parts(raw[column].drop_duplicates())
+        if column.strip().casefold() == "split" or (parts.nunique() > 1 and parts.notna().all()):
+            print(f"the column {column} is ignored: --split_column {column} splits by it")
+    texts = frame.get("part", pd.Series("train", frame.index))
+    parts = named_parts(texts)
+    if args.split_column:
+        frame["part"] = parts
+    empty = folded(frame["group"]) == "" if args.group_column else parts == ""
+    values = ", ".join(map(repr, texts[parts.isna()].unique()[:5]))
+    return [(f"{args.split_column} that is no part ({values})", parts.isna(),
+             "call it train, val or test"),
+            (f"empty {args.group_column}", empty, "fill them in or remove the rows")]
+
+
+def groups_of(frame, args):
+    """Return the number of each row's group or prompt; without one a row is its own group."""
+    texts = folded(frame["group" if args.group_column else "prompt"])
+    return pd.factorize(texts.where(texts != "", "\0" + frame["name"]), sort=True)[0]
+
+
+def named_parts(texts):
+    """Return "train", "val" or "test" for each usual name of it, NaN for other texts."""
+    return folded(texts).str.replace(r"[\W_]*(set|split|集)$", "", regex=True).map(PART_OF)
+
+
+def absent_ones(frame, args):
+    """Return the columns that may be absent and are: one score, and the prompt if consistency is.
+
+    A name that the user gave must be there.
+    """
+    flags = {"mos_quality": "quality_column", "mos_align": "consistency_column",
+             "prompt": "prompt_column"}
+    absent = {name for name, flag in flags.items() if name not in frame
+              and getattr(args, flag) == name and flag not in args.explicit}
+    if {"mos_quality", "mos_align"} <= absent:
+        return set()
+    return absent if "mos_align" in absent else absent - {"prompt"}
+
+
+def read_scores(frame, columns, args):
+    """Add the columns q and c to the frame; returns (scales, offsets, problems as load_table's).
+
+    Scores that go below 0 (z-scores) are read as symmetrical around it.
+    """
+    scales, offsets, problems = {}, {}, []
+    for target, name in (("q", "mos_quality"), ("c", "mos_align")):
+        text, column = frame.get(name, pd.Series("", frame.index)).str.strip(), columns.get(name)
+        mos = pd.to_numeric(text, errors="coerce").astype(float)
+        finite, flag = np.isfinite(mos), f"label_scale_{target}"
+        fitting = [scale for scale in MOS_SCALES if not mos[finite].abs().max() > scale]
+        top, below = getattr(args, flag) or (fitting or MOS_SCALES[-1:])[0], finite & (mos < 0)
+        offsets[target] = -top if below.any() else 0.0
+        scales[target] = top - offsets[target]
+        frame[target] = ((mos - offsets[target]) / scales[target]).astype(np.float32)
+        if below.any():
+            print(f"{column} is below 0 in {below.sum()} of {len(mos)} rows (lowest "
+                  f"{mos.min():g}): it is read as scores from {-top:g} to {top:g}")
+        problems += [
+            (f"{column} that is not a finite number", ~finite & (text != ""),
+             "correct them; an empty cell is no score"),
+            (f"{column} above the label scale {top:g}{' or below its negative' * int(below.any())}",
+             finite & (mos.abs() > top), f"give the top of your scale with --{flag}")]
+    names = " nor ".join(columns[name] for name in ("mos_quality", "mos_align") if name in columns)
+    scoreless = frame[["q", "c"]].isna().all(axis=1) & (frame.get("part") != "test")
+    return scales, offsets, [*problems, (f"neither {names}" if " " in names else f"no {names}",
+                                         scoreless, "fill in one of them or remove the rows")]
+
+
+def to_mos(score, target, scales, offsets):
+    """Return scores on [0, 1], an array or tensor, on the MOS scale."""
+    return offsets[target] + scales[target] * score
+
+
+def trained_targets(frame, args):
+    """Return the targets that have scores; raise UserError where flags want another one."""
+    targets = tuple(target for target in TARGETS if frame[target].notna().any())
+    for target, other in zip(TARGETS, TARGETS[::-1]):
+        if target in targets and other not in targets:
+            print(f"only {TITLES[target]} is trained: there are no scores of {TITLES[other]}")
+            if args.select_by == TITLES[other] or not getattr(args, f"w_{target}"):
+                raise UserError(f"Only what has scores can be trained and select, which is "
+                                f"{TITLES[target]} here, but --select_by is {args.select_by} and "
+                                f"--w_{target} {getattr(args, f'w_{target}'):g}: drop these flags.")
+    return targets
 
 
 def split_rows(table, args, seed):
     """Split the rows into {"train", "val", "test"}: sorted arrays of row numbers.
 
-    By prompt, all images of a prompt (case and spacing aside) go to one part. Prompts are drawn
-    in a random order that depends on the seed alone; one is taken while that brings the part's
-    number of images closer to its ratio.
+    By prompt, all images of a prompt or group go to one part. They are drawn in a random order that
+    depends on the seed alone; one is taken while that brings the part's number of images closer to
+    its ratio. What the table says about the parts stays; of it, only a missing val is drawn.
     """
     group = np.arange(len(table.frame))
     if args.split_by == "prompt":
-        folded = np.array([" ".join(text.casefold().split()) for text in table.prompts], object)
-        group = pd.factorize(folded, sort=True)[0][table.frame["prompt_id"]]
-    sizes = np.bincount(group)
-    part_of = np.zeros(len(sizes), dtype=int)
-    order = np.random.default_rng([seed, 0]).permutation(len(sizes))
-    for part, ratio in ((2, args.test_ratio), (1, args.val_ratio)):
-        room = ratio * len(group)
-        for g in order:
-            if part_of[g] == 0 and sizes[g] / 2 <= room:
-                part_of[g], room = part, room - sizes[g]
-    parts = {name: np.flatnonzero(part_of[group] == i)
-             for i, name in enumerate(("train", "val", "test"))}
-    for name, rows in parts.items():
-        if len(rows) < 2 and (name != "test" or args.test_ratio):
-            raise UserError(f"Each part needs at least 2 images, but {name} has {len(rows)} of "
-                            f"{len(group)} (in {len(sizes)} groups): add images or prompts, or "
-                            f"change --val_ratio, --test_ratio or --split_by.")
+        group = table.frame["group_id"].to_numpy()
+    part = table.frame.get("part", pd.Series("train", table.frame.index)).to_numpy(object)
+    order = np.random.default_rng([seed, 0]).permutation(group.max() + 1)
+    whole = (part == "train").sum()
+    for name, ratio in (("test", args.test_ratio), ("val", args.val_ratio)):
+        free, taken = part == "train", np.zeros(len(order), dtype=bool)
+        sizes, room = np.bincount(group[free], minlength=len(order)), ratio * whole
+        for g in order if name not in part else ():
+            if 0 < sizes[g] / 2 <= room:
+                taken[g], room = True, room - sizes[g]
+        part = np.where(free & taken[group], name, part)
+    parts = {name: np.flatnonzero(part == name) for name in ("train", "val", "test")}
+    for (name, rows), target in itertools.product(parts.items(), table.targets):
+        scored = table.frame[target].iloc[rows].count()
+        if scored < 2 and (name != "test" or args.test_ratio):
+            raise UserError(f"Each part needs at least 2 images with a score of {TITLES[target]}, "
+                            f"but {name} has {scored} of {len(group)} (in {len(order)} groups): "
+                            f"add images or prompts, or change --val_ratio, --test_ratio, "
+                            f"--split_by, --split_column or --seed.")
     return parts
 
 
@@ -1047,11 +1160,15 @@ def metrics(pred, mos, targets=TARGETS):
     """Return {"srocc_q", "plcc_q", "krocc_q", "rmse_q", "srocc_c", ..}.
 
     Spearman, Pearson (raw, no logistic fit), Kendall's tau-b, and the root mean squared error on
-    the [0, 1] scale. pred, mos: "q" and "c", each (n,).
+    the [0, 1] scale. pred, mos: "q" and "c", each (n,). Rows whose MOS is NaN do not count; a
+    target without any other is left out.
     """
     measured = {}
     for target in targets:
         x, y = (np.asarray(side[target], dtype=np.float64) for side in (pred, mos))
+        x, y = x[~np.isnan(y)], y[~np.isnan(y)]
+        if not len(y):
+            continue
         measured |= {f"srocc_{target}": correlation(scipy.stats.spearmanr, x, y),
                      f"plcc_{target}": correlation(scipy.stats.pearsonr, x, y),
                      f"krocc_{target}": correlation(scipy.stats.kendalltau, x, y),
@@ -1062,7 +1179,8 @@ def metrics(pred, mos, targets=TARGETS):
 def selection_score(values, select_by):
     """Return the SROCC that picks the best epoch, -inf where it is undefined."""
     chosen = {"quality": "q", "consistency": "c", "mean": "qc"}[select_by]
-    score = float(np.mean([values[f"srocc_{target}"] for target in chosen]))
+    score = float(np.mean([values[name] for name in (f"srocc_{target}" for target in chosen)
+                           if name in values]))
     return -math.inf if math.isnan(score) else score
 
 
@@ -1083,7 +1201,7 @@ class Run:
     model: nn.Module  # the scorer, in DistributedDataParallel where there are several processes
     images: "ImageInputs"
     texts: "TextInputs"
-    mos: dict  # {"q", "c"} of (N,) scaled human MOS on the device
+    mos: dict  # {"q", "c"} of (N,) scaled human MOS on the device, 0 where there is none
     s0: torch.Tensor  # (N,) cosines by the CLIP before training
     teacher: torch.Tensor | None  # (E, D) embeddings of the explanations
     floors: dict  # {name: {"q", "c"} of (N,) predictions}
@@ -1141,8 +1259,9 @@ def targets_of(run, views):
 
 def has_loss(run, name, rows):
     """Return (n,) bool: which rows have what a loss needs."""
-    ids = run.table.frame["explanation_id"].to_numpy()[rows]
-    return ids >= 0 if name == "exp" else np.ones(len(rows), dtype=bool)
+    frame = run.table.frame.iloc[rows]
+    has = frame["explanation_id"] >= 0 if name == "exp" else frame[name].notna()
+    return has.to_numpy()
 
 
 def loss_weights(run, views):
@@ -1223,8 +1342,9 @@ def epoch_summary(run, views, outputs, names, ends_well):
                         f"fp32; the last good checkpoint is in {args.output_dir}.")
     means = {"exp": 0.0}
     for name, value in zip(names, values[2:]):
-        has = has_loss(run, name, rows)
-        means[name] = float(value[has].mean()) if has.any() else 0.0
+        if name in (*run.table.targets, "exp"):
+            has = has_loss(run, name, rows)
+            means[name] = float(value[has].mean()) if has.any() else 0.0
     return {"loss": sum(getattr(args, f"w_{name}") * mean for name, mean in means.items()),
             **{f"loss_{name}": mean for name, mean in means.items()},
             **metrics(dict(zip(TARGETS, values)), frame.iloc[rows])}
@@ -1247,8 +1367,10 @@ def evaluate(run, part):
             values = torch.stack([out[name] for name in PREDICTIONS])
             outputs.append((views.row[kept > 0], values[:, :int(kept.sum())]))
     pred = predictions(outputs).loc[rows]
+    prompts = run.table.frame["prompt"].iloc[rows].to_numpy()
+    pred.loc[[not prompt.strip() for prompt in prompts], ["c", "c_base"]] = np.nan
     measured = metrics(pred, run.table.frame.iloc[rows])
-    loss = sum(getattr(run.args, f"w_{t}") * measured[f"rmse_{t}"] ** 2 for t in TARGETS)
+    loss = sum(getattr(run.args, f"w_{t}") * measured.get(f"rmse_{t}", 0.0) ** 2 for t in TARGETS)
     return pred, measured | {"loss": loss}
 
 
@@ -1265,10 +1387,12 @@ def fit(run):
     if "best_epoch" not in progress:  # epoch 0 is a candidate for the best
         values = evaluate(run, "val")[1]
         progress |= {"best_epoch": 0, "best_score": selection_score(values, args.select_by)}
-        floors = "; ".join(f"{name} {measured['srocc_q']:.4f} / {measured['srocc_c']:.4f}"
-                           for name, measured in floor_metrics(run, "val").items())
-        print(f"epoch   0  before training: val SROCC_Q {values['srocc_q']:.4f}  SROCC_C "
-              f"{values['srocc_c']:.4f}   floors: {floors}")
+        floors = "; ".join(f"{name} " + " / ".join(
+            f"{measured[f'srocc_{t}']:.4f}" for t in run.table.targets)
+            for name, measured in floor_metrics(run, "val").items())
+        sroccs = "  ".join(f"SROCC_{t.upper()} {values[f'srocc_{t}']:.4f}"
+                           for t in run.table.targets)
+        print(f"epoch   0  before training: val {sroccs}   floors: {floors}")
         save_checkpoint(run, best=True)
     while progress["epoch"] < args.epochs and progress["waited"] < patience:
         began, epoch = time.perf_counter(), progress["epoch"] + 1
@@ -1284,7 +1408,7 @@ def fit(run):
         row |= {"epoch": epoch, "best": progress["best_score"],
                 "lr": run.optimizer.param_groups[0]["lr"],  # of CLIP, or of the heads alone
                 "seconds": time.perf_counter() - began}
-        progress["log"].append({name: row[name] for name in LOG_COLUMNS})
+        progress["log"].append({name: row[name] for name in LOG_COLUMNS if name in row})
         print_epoch(row, rate, better)
         save_checkpoint(run, better)
         write_log(run)
@@ -1329,11 +1453,14 @@ def set_up(args, table, seed):
     s0 = (f * t).sum(-1)
     if not args.no_base_calibration:
         calibrate(scorer, probe, s0, table.frame["c"].to_numpy(), parts["train"])
+    if "q" not in table.targets:  # it stays 0.5, so that consistency takes no noise from it
+        nn.init.zeros_(scorer.quality.base.weight)
+        nn.init.zeros_(scorer.quality.base.bias)
     for tower in towers.values():
         tower.tune(args)
     model = scorer if WORLD == 1 else nn.parallel.DistributedDataParallel(
         scorer, broadcast_buffers=False, find_unused_parameters=args.no_residual_learning)
-    mos = {target: torch.from_numpy(table.frame[target].to_numpy(copy=True)).to(device)
+    mos = {target: torch.from_numpy(table.frame[target].fillna(0).to_numpy(copy=True)).to(device)
            for target in TARGETS}
     return Run(args, seed, device, table, parts, identity, scorer, model, images, texts, mos,
                s0.to(device), teacher, floors, make_optimizer(scorer, args),
@@ -1841,26 +1968,35 @@ def fit_ridge(x, y, groups, folds=5):
 def fit_floors(f, t, antonyms, frame, train, args):
     """Fit what is reached without training; returns ({floor: {"q", "c"} of (N,)}, probe).
 
-    probe: (weights (D,), intercept, (n,) predictions of rows that it did not see) of quality.
+    probe: (weights (D,), intercept, (N,) predictions, of its training rows by fits that did not see
+    them) of quality; None without quality. A target is fitted to the training rows that have it.
     f, t: (N, D) unit-norm embeddings of each row's image and prompt, by the pretrained towers;
     antonyms: (2, D) of "Good photo." and "Bad photo.", for the zero-shot quality (CLIP-IQA, Wang et
     al., AAAI 2023). The linear probe is a ridge on f for quality, [f, t, f * t, s] for consistency.
     """
     f, t, antonyms = f.double(), t.double(), antonyms.double()
-    s, mos = (f * t).sum(-1), frame.iloc[train]
-    q, c = (torch.from_numpy(mos[target].to_numpy(np.float64)) for target in TARGETS)
-    groups = np.unique(mos["prompt_id"], return_inverse=True)[1]
-    weights, intercept, unseen = fit_ridge(f[train], torch.logit(q, 0.01), groups)
-    pairs = torch.cat([f, t, f * t, s[:, None]], dim=1)
-    weights_c, intercept_c, _ = fit_ridge(pairs[train], c, groups)
+    s, probe = (f * t).sum(-1), None
     floors = {"zero_shot": {"q": torch.softmax(100 * f @ antonyms.T, dim=-1)[:, 0], "c": s},
-              "linear_probe": {"q": torch.sigmoid(f @ weights + intercept),
-                               "c": pairs @ weights_c + intercept_c}}
+              "linear_probe": {}}
+    for target, x in (("q", f), ("c", torch.cat([f, t, f * t, s[:, None]], dim=1))):
+        rows = train[frame[target].iloc[train].notna()]
+        if not len(rows):
+            continue
+        y = torch.from_numpy(frame[target].iloc[rows].to_numpy(np.float64))
+        groups = np.unique(frame["group_id"].iloc[rows], return_inverse=True)[1]
+        y = torch.logit(y, 0.01) if target == "q" else y
+        weights, intercept, unseen = fit_ridge(x[rows], y, groups)
+        pred = x @ weights + intercept
+        floors["linear_probe"][target] = torch.sigmoid(pred) if target == "q" else pred
+        if target == "q":
+            pred[rows] = unseen
+            probe = weights, intercept, torch.sigmoid(pred)
     if args.split_by == "image":  # the training mean of the prompt: it sees no pixels
+        mos = frame.iloc[train]
         means = mos.groupby("prompt_id")[list(TARGETS)].mean().reindex(frame["prompt_id"])
         floors["prompt_mean"] = means.fillna(mos[list(TARGETS)].mean())
-    return ({name: {target: np.asarray(pred[target]) for target in TARGETS}
-             for name, pred in floors.items()}, (weights, intercept, torch.sigmoid(unseen)))
+    return ({name: {target: np.asarray(pred[target]) for target in floors["linear_probe"]}
+             for name, pred in floors.items()}, probe)
 
 
 @torch.no_grad()
@@ -1870,13 +2006,17 @@ def calibrate(scorer, probe, s0, c, train):
     Quality: the linear probe. Consistency: least squares on the cosine and the quality that probes
     give to rows they did not see (stacking: Wolpert, 1992), so that a probe that knows its training
     rows by heart is not trusted too much; of two branches, on the logit of the MOS.
-    probe: see fit_floors; s0, c: (N,) cosine and scaled MOS; train: the training rows.
+    probe: see fit_floors; s0, c: (N,) cosine and scaled MOS; train: the training rows. Without
+    quality the consistency's base is of the cosine alone; without consistency it stays.
     """
-    weights, intercept, unseen = probe
-    base, head = scorer.quality.base, scorer.consistency
-    base.weight.copy_((weights / scorer.quality.input_scale)[None])
-    base.bias.fill_(intercept)
-    s0, c = s0[train].double(), torch.from_numpy(c[train]).double()
+    base, head, rows = scorer.quality.base, scorer.consistency, train[~np.isnan(c[train])]
+    if probe is not None:
+        base.weight.copy_((probe[0] / scorer.quality.input_scale)[None])
+        base.bias.fill_(probe[1])
+    if not len(rows):
+        return
+    unseen = torch.zeros(len(rows)).double() if probe is None else probe[2][rows]
+    s0, c = s0[rows].double(), torch.from_numpy(c[rows]).double()
     x, y = ((s0 + 1) / 2, c) if head.branch is None else (s0, torch.logit(c, 0.01))
     ((a, e),), (b,) = ridge(torch.stack([x, unseen], dim=1), y, [1e-9])
     head.affine.copy_(torch.stack([a, b, e]))
@@ -2032,6 +2172,7 @@ def save_checkpoint(run, best):
     content = {"format": FORMAT, "version": FORMAT_VERSION, "seed": run.seed,
                "args": {k: v for k, v in vars(run.args).items() if k != "explicit"},
                "identity": run.identity, "scales": run.table.scales, "split": split_hash(run),
+               "offsets": run.table.offsets, "targets": run.table.targets,
                "data": data_hash(run.table),
                "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
                "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
@@ -2077,7 +2218,7 @@ def split_hash(run):
 @functools.cache  # every checkpoint asks
 def data_hash(table):
     """Return a hash of images' names, prompts, explanations and scaled MOS."""
-    data = table.frame.drop(columns=["path", "stamp"]).to_csv()
+    data = table.frame.drop(columns=["path", "stamp", "group_id"]).to_csv()
     return hashlib.sha256(data.encode()).hexdigest()
 
 
@@ -2213,15 +2354,26 @@ TIERS = {
 }
 
 
+def split_name(args):
+    """Return what the split is by."""
+    return args.split_column or args.group_column or args.split_by
+
+
 def print_setup(args, table, parts, scorer, device):
     """Print what the run is about to do."""
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items() if len(rows))
-    print(f"data: {len(table.frame)} images, {len(table.prompts)} prompts, split by "
-          f"{args.split_by}: {counts}; label scales Q {table.scales['q']:g}, "
-          f"C {table.scales['c']:g}")
-    if args.split_by == "image":
-        print("WARNING: --split_by image leaks: the same prompts are in training and validation; "
-              "compare with the prompt-mean floor, which sees no pixels")
+    groups, prompts = table.frame["group_id"].to_numpy(), sum(map(bool, table.prompts))
+    print(f"data: {len(groups)} images, {prompts} prompts, split by {split_name(args)}: {counts}; "
+          f"label scales " + ", ".join(f"{t.upper()} {table.scales[t] + table.offsets[t]:g}"
+                                       for t in table.targets))
+    if split_name(args) == "prompt" and groups.max() >= 0.9 * len(groups):
+        print(f"nearly every prompt is unique ({prompts} prompts, {len(groups)} images), so this "
+              f"is nearly a split by image: --group_column names what else must stay together")
+    for part in ("val", "test"):
+        leaks = np.isin(groups[parts[part]], groups[parts["train"]]).sum()
+        if leaks:
+            print(f"WARNING: the split by {split_name(args)} leaks: {leaks} of {len(parts[part])} "
+                  f"{part} images have a {args.group_column or 'prompt'} that training images have")
     for name, tower in scorer.towers.items():
         sizes = [(p.numel(), p.requires_grad) for p in tower.encoder.parameters()]
         trained, total = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
@@ -2235,7 +2387,7 @@ def print_setup(args, table, parts, scorer, device):
     if WORLD > 1:
         print(f"{WORLD} processes, {WORLD * args.batch_size} images per step")
     depth = len(scorer.towers["image"].blocks)
-    print_advice(args, settings_advice(args, len(parts["train"]), depth))
+    print_advice(args, settings_advice(args, len(parts["train"]), depth, table.targets))
     if (args.use_two_branch or args.use_refinement) and not args.no_residual_learning:
         print("WARNING: --use_two_branch and --use_refinement together with residual learning are "
               "not recommended by the reference card; they work")
@@ -2243,11 +2395,12 @@ def print_setup(args, table, parts, scorer, device):
 
 def print_epoch(row, rate, better):
     """Print one line per epoch, training / validation; rate: images per second of training."""
+    targets = [t for t in TARGETS if f"val_srocc_{t}" in row]
+    sroccs = "".join(f"SROCC_{t.upper()} {row[f'train_srocc_{t}']:.4f} / "
+                     f"{row[f'val_srocc_{t}']:.4f}  " for t in targets)
     print(f"epoch {row['epoch']:3d}  loss {row['train_loss']:.4f} / {row['val_loss']:.4f}  "
-          f"SROCC_Q {row['train_srocc_q']:.4f} / {row['val_srocc_q']:.4f}  "
-          f"SROCC_C {row['train_srocc_c']:.4f} / {row['val_srocc_c']:.4f}  "
-          f"lr {row['lr']:.1e}  {rate:.0f} images/s{'  best' * better}", flush=True)
-    for t in TARGETS:
+          f"{sroccs}lr {row['lr']:.1e}  {rate:.0f} images/s{'  best' * better}", flush=True)
+    for t in targets:
         if math.isnan(row[f"val_srocc_{t}"]):
             print(f"  SROCC_{t.upper()} is undefined: all predictions or human scores are equal "
                   f"(--select_by can leave it out)")
@@ -2256,8 +2409,8 @@ def print_epoch(row, rate, better):
 def floor_metrics(run, part):
     """Return {floor: metrics} on one part of the split."""
     rows = run.parts[part]
-    return {name: metrics({t: of_all[t][rows] for t in TARGETS}, run.table.frame.iloc[rows])
-            for name, of_all in run.floors.items()}
+    return {name: metrics({t: of_all[t][rows] for t in of_all}, run.table.frame.iloc[rows],
+                          run.table.targets) for name, of_all in run.floors.items()}
 
 
 def tier(target, srocc, gap):
@@ -2296,7 +2449,8 @@ def results(run):
         load_trained_state(run.scorer, content["state"], best)
     for value in run.scorer.trained_state().values() if WORLD > 1 else ():
         dist.broadcast(value.detach(), 0)
-    judged, preds = "test" if len(run.parts["test"]) else "val", {}
+    scored = run.table.frame[list(run.table.targets)].iloc[run.parts["test"]].count()
+    judged, preds = "test" if scored.min() > 1 else "val", {}
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": args.command, "seed": run.seed,
            "split": split_hash(run), "part": judged, "best_epoch": gather(epoch)[0],
            "epochs_run": run.progress["epoch"]}
@@ -2305,8 +2459,9 @@ def results(run):
         row |= {f"{part}_{name}": value for name, value in measured.items() if name != "loss"}
     for name, measured in floor_metrics(run, judged).items():
         row |= {f"{name}_{metric}": value for metric, value in measured.items()}
-    rows, pred, frame = run.parts[judged], preds[judged], run.table.frame.iloc[run.parts[judged]]
-    for t in TARGETS:
+    for t in run.table.targets:
+        scored = run.table.frame[t].iloc[run.parts[judged]].notna().to_numpy()
+        rows, pred = run.parts[judged][scored], preds[judged][scored]
         gap = row[f"train_srocc_{t}"] - row[f"val_srocc_{t}"]
         row |= {f"gap_{t}": gap, f"tier_{t}": tier(t, row[f"val_srocc_{t}"], gap)}
         if not args.no_residual_learning:
@@ -2314,7 +2469,10 @@ def results(run):
             row |= {f"saturated_{t}": float((size > SATURATED).mean()),
                     f"largest_delta_{t}": float(size.max())}
         drawn = bootstrap({"run": pred[t]} | {name: of[t][rows] for name, of in run.floors.items()},
-                          frame[t], frame["prompt_id"].to_numpy())
+                          *run.table.frame[[t, "group_id"]].to_numpy()[rows].T)
+        if (drawn[[*run.floors]].quantile(0.975) < 0).any():
+            print(f"{TITLES[t]}: the SROCC of a floor is clearly below 0: higher scores must be "
+                  f"better; turn DMOS round (its maximum minus each)")
         drawn = drawn.assign(**{name: drawn["run"] - drawn[name] for name in run.floors})  # gains
         for name, (low, high) in drawn.quantile([0.025, 0.975]).items():
             key = f"interval_{t}" if name == "run" else f"gain_{name}_{t}"
@@ -2327,21 +2485,29 @@ def results(run):
 def score_table(rows):
     """Return the table of floors and runs as a DataFrame of text, mean +- SD of several rows."""
     frame = pd.DataFrame(rows)
-    names = {**{floor: title for floor, title in FLOORS.items() if f"{floor}_srocc_q" in frame},
-             frame["part"][0]: "this run"}
+    part = frame["part"][0]
+    shown = [metric for metric in SHOWN if f"{part}_{metric}" in frame]
+    names = {**{floor: title for floor, title in FLOORS.items() if f"{floor}_{shown[0]}" in frame},
+             part: "this run"}
     def cell(name):
         values = pd.to_numeric(frame[name])
         return f"{values.mean():.4f}" + f" +- {values.std():.4f}" * (len(values) > 1)
     return pd.DataFrame({metric.upper(): {title: cell(f"{name}_{metric}")
-                                          for name, title in names.items()} for metric in SHOWN})
+                                          for name, title in names.items()} for metric in shown})
 
 
 def verdict(row):
     """Return the lines below the table: gains over the floors, and of one run gap and tier."""
-    lines = [f"gain over {title}, paired, 95 %: " + ", ".join(
-        f"{t.upper()} {row[f'gain_{name}_{t}']:+.4f} ({row[f'gain_{name}_{t}_low']:+.4f}.."
-        f"{row[f'gain_{name}_{t}_high']:+.4f})" for t in TARGETS)
-        for name, title in FLOORS.items() if f"gain_{name}_q" in row]
+    interval_free = not any(key.endswith("_low") for key in row)
+
+    def gain(key):
+        if not interval_free:
+            return f"{row[key]:+.4f} ({row[f'{key}_low']:+.4f}..{row[f'{key}_high']:+.4f})"
+        return f"{row[key]:+.4f} +- {row['sd'][key]:.4f}"  # of seeds on one split
+    lines = [f"gain over {title}, paired, {'mean +- SD' if interval_free else '95 %'}: " + (
+        ", ".join(f"{t.upper()} {gain(key)}" for t in TARGETS
+                  if (key := f"gain_{name}_{t}") in row))
+        for name, title in FLOORS.items() if {f"gain_{name}_q", f"gain_{name}_c"} & set(row)]
     return lines + [
         f"{TITLES[t]}: 95 % interval of SROCC {row[f'interval_{t}_low']:.3f}.."
         f"{row[f'interval_{t}_high']:.3f}, validation SROCC {row[f'val_srocc_{t}']:.4f}, Train-Val "
@@ -2353,7 +2519,7 @@ def keep_records(run, preds, row):
     """Print and write what a finished run leaves; row["advice"] gets the names of what fired."""
     args, folder, frame = run.args, Path(run.args.output_dir), run.table.frame
     depth = len(run.scorer.towers["image"].blocks)
-    before = settings_advice(args, len(run.parts["train"]), depth)
+    before = settings_advice(args, len(run.parts["train"]), depth, run.table.targets)
     findings = training_advice(args, run.progress["log"], row, depth)
     row["advice"] = [what for what, *_ in before + findings]
     print(f"\n{row['part']}, best epoch {row['best_epoch']}\n{score_table([row]).to_string()}")
@@ -2361,9 +2527,11 @@ def keep_records(run, preds, row):
     print_advice(args, findings)
     if RANK:
         return
-    for part in ("val", "test") if row["part"] == "test" else ("val",):
-        table = frame[["name", "prompt", "mos_quality", "mos_align"]].iloc[run.parts[part]]
-        table = add_scores(table, preds[part], run.table.scales)
+    for part in [part for part in ("val", "test") if part in preds]:
+        table = frame.reindex(columns=["name", "prompt", "mos_quality", "mos_align"])
+        table = table.iloc[run.parts[part]].dropna(axis="columns")
+        table = add_scores(table, preds[part], run.table.scales, run.table.offsets,
+                           run.table.targets)
         save_text(folder / f"{part}_predictions.csv", table.to_csv(index=False))
     if not args.no_plots:
         write_report(run, preds[row["part"]], row, before + findings)
@@ -2372,12 +2540,13 @@ def keep_records(run, preds, row):
     save_text(folder / "result.json", json_text(row))
 
 
-def add_scores(table, pred, scales):
+def add_scores(table, pred, scales, offsets, targets):
     """Return the table with the columns of scores for people: clamped, on the MOS scale."""
     names = {"quality": "q", "consistency": "c", "quality_base": "q_base",
              "consistency_base": "c_base"}
-    return table.assign(**{name: (pred[key].to_numpy(float).clip(0, 1) * scales[key[0]]).round(4)
-                           for name, key in names.items()})
+    return table.assign(**{
+        name: to_mos(pred[key].to_numpy(float).clip(0, 1), key[0], scales, offsets).round(4)
+        for name, key in names.items() if key[0] in targets})
 
 
 def json_text(value, indent=1):
@@ -2403,7 +2572,8 @@ def write_config(run):
     save_text(folder / "config.json", json_text({
         "arguments": {k: v for k, v in vars(args).items() if k != "explicit"}, "seed": run.seed,
         "fingerprint": fingerprint(args, table), "identity": run.identity,
-        "label_scales": table.scales, "split": split_hash(run),
+        "label_scales": table.scales, "label_offsets": table.offsets, "targets": table.targets,
+        "split": split_hash(run),
         "images": {part: len(rows) for part, rows in run.parts.items()},
         "versions": {"python": sys.version.split()[0]} | {
             module.__name__: module.__version__ for module in (torch, open_clip, pd, np, scipy)},
@@ -2442,6 +2612,8 @@ def archive_old_run(args):
 def train_repeats(args, table):
     """Train on several splits; a repeat that was finished before is kept, one that began goes on.
 
+    With a split column the seeds alone differ: then there is no interval over splits.
+
     Returns {"repeats": rows, "mean", "sd": by the rows' keys, "gain_<floor>_<target>": mean of the
     paired differences over splits, .._low, .._high: its 95 % t interval}.
     """
@@ -2472,9 +2644,10 @@ def train_repeats(args, table):
     result = {"repeats": rows, "part": rows[0]["part"], "mean": mean.to_dict(), "sd": sd.to_dict(),
               "output_dir": args.output_dir, "command": args.command}
     for name in [name for name in numbers if name.startswith("gain_")]:
-        result |= {name: mean[name], f"{name}_low": mean[name] - margin[name],
-                   f"{name}_high": mean[name] + margin[name]}
-    print(f"\n{result['part']} of {len(rows)} splits, mean +- SD\n{score_table(rows).to_string()}")
+        result |= {name: mean[name]} | ({} if args.split_column else {
+            f"{name}_low": mean[name] - margin[name], f"{name}_high": mean[name] + margin[name]})
+    what = "seeds" if args.split_column else "splits"
+    print(f"\n{result['part']} of {len(rows)} {what}, mean +- SD\n{score_table(rows).to_string()}")
     print("\n".join(verdict(result)))
     save_text(Path(args.output_dir, "result.json"), json_text(result))
     return result
@@ -2487,7 +2660,7 @@ LR_RANGES = {"frozen": (1e-3, 5e-3), "partial": (3e-5, 1e-4), "full": (1e-5, 3e-
 SCALE_BY_IMAGES = ((500, 0.1, 0.1), (3000, 0.2, 0.2), (10_000, 0.3, 0.3), (math.inf, 0.4, 0.5))
 
 
-def settings_advice(args, images, depth):
+def settings_advice(args, images, depth, targets=TARGETS):
     """Return rows of (what, evidence, flags) by the card's rules that need no training.
 
     images: of the training part; depth: of the image tower. The demo is outside these rules, and
@@ -2496,15 +2669,15 @@ def settings_advice(args, images, depth):
     mode = "frozen" if args.freeze_clip else "partial" if args.partial_freeze else "full"
     low, high = LR_RANGES[mode]
     small, large = next((a, b) for limit, a, b in SCALE_BY_IMAGES if images < limit)
-    scales = args.residual_scale_q, args.residual_scale_c
+    scales = {f"residual_scale_{t}": getattr(args, f"residual_scale_{t}") for t in targets}
     rows = [
         ("learning rate outside the usual range", not low * 0.999 <= args.lr <= high * 1.001,
          f"lr {args.lr:g}, but a {mode} CLIP usually wants {low:g} to {high:g}",
          f"--lr {min(max(args.lr, low), high):g}"),
         ("residual scale unusual for this many images", not args.no_residual_learning
-         and not small / 2 <= min(scales) <= max(scales) <= 2 * large,
-         f"scales {scales[0]:g} and {scales[1]:g}, but {images} training images usually want "
-         f"{small:g}", f"--residual_scale_q {small:g} --residual_scale_c {small:g}"),
+         and not small / 2 <= min(scales.values()) <= max(scales.values()) <= 2 * large,
+         f"scales {' and '.join(f'{scale:g}' for scale in scales.values())}, but {images} training "
+         f"images usually want {small:g}", " ".join(f"--{name} {small:g}" for name in scales)),
         ("freeze_layers unusual for this tower", mode == "partial" and depth >= 12
          and not depth / 2 <= args.freeze_layers <= depth * 11 / 12,
          f"{args.freeze_layers} of {depth} blocks are frozen; two thirds to five sixths are usual",
@@ -2530,15 +2703,17 @@ def training_advice(args, log, row, depth):
 
     log: rows of the epochs; row: of results; depth: of the image tower, 0 if unknown.
     """
-    last, best = log[-1], row["best_epoch"]
-    gaps, weak = [row["gap_q"], row["gap_c"]], [row[f"tier_{t}"] == "needs work" for t in "qc"]
-    fitted = max(last[f"train_srocc_{t}"] - last[f"val_srocc_{t}"] for t in TARGETS)
+    last, best, targets = log[-1], row["best_epoch"], [t for t in TARGETS if f"gap_{t}" in row]
+    gaps, weak = ([row[f"gap_{t}"] for t in targets],
+                  [row[f"tier_{t}"] == "needs work" for t in targets])
+    fitted = max(last[f"train_srocc_{t}"] - last[f"val_srocc_{t}"] for t in targets)
     rise, epoch = max(((b["train_loss"] / a["train_loss"], b["epoch"])
                        for a, b in zip(log, log[1:])), default=(0, 0))
     over = max(gaps) > 0.05 or (fitted > 0.1 and best < last["epoch"] / 2)
-    gap = f"Train-Val Gap Q {gaps[0]:+.3f}, C {gaps[1]:+.3f}"
-    scores = ", C ".join(f"{row[f'val_srocc_{t}']:.3f} ({row[f'tier_{t}']})" for t in TARGETS)
-    small, large = ({"residual_scale_q": scale, "residual_scale_c": scale} for scale in (0.15, 0.3))
+    gap = "Train-Val Gap " + ", ".join(f"{t.upper()} {row[f'gap_{t}']:+.3f}" for t in targets)
+    scores = ", ".join(f"{t.upper()} {row[f'val_srocc_{t}']:.3f} ({row[f'tier_{t}']})"
+                       for t in targets)
+    small, large = ({f"residual_scale_{t}": scale for t in targets} for scale in (0.15, 0.3))
     third, frozen, partial = float(f"{args.lr / 3:.2g}"), args.freeze_clip, args.partial_freeze
     less = {"epochs": max(1, args.epochs // 2)} if frozen else {"lr": third if args.demo else 1e-5}
     blocks = {"freeze_layers": max(1, round(depth * 20 / 24))} if depth and not frozen else {}
@@ -2549,18 +2724,18 @@ def training_advice(args, log, row, depth):
          remedy(args, {"dropout": 0.2, "weight_decay": 5e-4} | blocks, small | less)
          + " --partial_freeze" * bool(blocks and not partial)),
         ("underfitting", not over and all(weak) and max(gaps) < 0.02 and best == last["epoch"],
-         f"validation SROCC Q {scores} still rise in the last epoch, {gap}",
+         f"validation SROCC {scores} still rise in the last epoch, {gap}",
          remedy(args, large | {"lr": min(5e-3, args.lr * 2) if frozen else 5e-5},
                 {"dropout": 0.05, "weight_decay": 1e-5} | fewer)),
         ("unstable loss", rise > 1.2, f"training loss rose {rise:.1f}-fold in epoch {epoch}",
          remedy(args, {"warmup_ratio": 0.1},
                 {"max_grad_norm": 0.5, "lr": third, "batch_size": 16}))]
-    for t, other in (("c", "q"), ("q", "c")):
+    for t, other in (("c", "q"), ("q", "c")) if len(targets) > 1 else ():
         low = row[f"val_srocc_{t}"] <= TIERS[t][-1][1]  # the gap alone is no low score
         rows += [(f"low SROCC_{t.upper()} only", low and row[f"tier_{other}"] != "needs work",
-                  f"validation SROCC Q {scores}", remedy(
+                  f"validation SROCC {scores}", remedy(
                       args, {f"w_{t}": 0.7, f"residual_scale_{t}": 0.3}, {f"w_{other}": 0.3}))]
-    for t in TARGETS if not args.no_residual_learning else ():
+    for t in targets if not args.no_residual_learning else ():
         scale, largest = getattr(args, f"residual_scale_{t}"), row[f"largest_delta_{t}"]
         rows += [
             (f"{TITLES[t]} residual saturated", row[f"saturated_{t}"] > 0.05,
@@ -2604,8 +2779,9 @@ def picture(path, rows, columns, size):
 def draw_curves(log, best_epoch, floors, path):
     """Draw losses and both SROCCs per epoch, with the best epoch and validation's floors."""
     log = pd.DataFrame(log)
-    with picture(path, 1, 3, (14, 4.2)) as axes:
-        for axis, name in zip(axes[0], ("loss", "srocc_q", "srocc_c")):
+    names = ["loss", *(name for name in ("srocc_q", "srocc_c") if f"val_{name}" in log)]
+    with picture(path, 1, len(names), (14 * len(names) / 3, 4.2)) as axes:
+        for axis, name in zip(axes[0], names):
             log.plot("epoch", [f"train_{name}", f"val_{name}"], style=[".--", ".-"], ax=axis,
                      color=COLOURS.get(name[-1], "#666666"), title=name.upper())
             axis.grid(alpha=0.25)
@@ -2620,27 +2796,28 @@ def draw_curves(log, best_epoch, floors, path):
             axis.legend(fontsize=8)
 
 
-def draw_scatter(pred, frame, scales, row, path):
-    """Draw predicted against human MOS of both targets, on the MOS scale."""
-    with picture(path, 1, 2, (10, 4.8)) as axes:
-        for axis, t in zip(axes[0], TARGETS):
-            scale, part = scales[t], row["part"]
-            axis.scatter(frame[t] * scale, pred[t].clip(0, 1) * scale, s=12, alpha=0.5,
-                         color=COLOURS[t], edgecolors="none")
-            axis.plot([0, scale], [0, scale], color="black", linewidth=0.8, label="identity")
+def draw_scatter(pred, frame, table, row, path):
+    """Draw predicted against human MOS of each target, on the MOS scale."""
+    with picture(path, 1, len(table.targets), (5 * len(table.targets), 4.8)) as axes:
+        for axis, t in zip(axes[0], table.targets):
+            human, ours = (to_mos(side, t, table.scales, table.offsets)
+                           for side in (frame[t], pred[t].clip(0, 1)))
+            part, ends = row["part"], (table.offsets[t], table.offsets[t] + table.scales[t])
+            axis.scatter(human, ours, s=12, alpha=0.5, color=COLOURS[t], edgecolors="none")
+            axis.plot(ends, ends, color="black", linewidth=0.8, label="identity")
             axis.set(title=f"{TITLES[t]} ({part}): SROCC {row[f'{part}_srocc_{t}']:.3f}, "
                            f"PLCC {row[f'{part}_plcc_{t}']:.3f}", aspect="equal",
-                     xlabel=f"human MOS (0 to {scale:g})", xlim=(0, scale),
-                     ylabel=f"predicted MOS (0 to {scale:g})", ylim=(0, scale))
+                     xlabel="human MOS ({:g} to {:g})".format(*ends), xlim=ends,
+                     ylabel="predicted MOS ({:g} to {:g})".format(*ends), ylim=ends)
             axis.grid(alpha=0.25)
 
 
-def draw_worst(pred, frame, scales, path, count=6):
+def draw_worst(pred, frame, table, path, count=6):
     """Draw a contact sheet of the images that each target gets most wrong."""
-    count = min(count, len(frame))
-    with picture(path, 2, count, (2.5 * count, 6.8)) as axes:
+    targets, count = table.targets, min(count, *(frame[t].count() for t in table.targets))
+    with picture(path, len(targets), count, (2.5 * count, 3.4 * len(targets))) as axes:
         for place, axis in enumerate(axes.flat):
-            t = TARGETS[place // count]
+            t = targets[place // count]
             worst = np.argsort(-np.abs(pred[t].to_numpy() - frame[t].to_numpy()))[place % count]
             try:
                 image = load_image(frame["path"].iloc[worst])
@@ -2648,7 +2825,8 @@ def draw_worst(pred, frame, scales, path, count=6):
                 image = Image.new("RGB", (8, 8), "grey")
             image.thumbnail((256, 256))
             axis.imshow(image)
-            human, ours = (side.iloc[worst] * scales[t] for side in (frame[t], pred[t].clip(0, 1)))
+            human, ours = (to_mos(side.iloc[worst], t, table.scales, table.offsets)
+                           for side in (frame[t], pred[t].clip(0, 1)))
             axis.set_title(f"{TITLES[t]}: human {human:.2f}, predicted {ours:.2f}", fontsize=7)
             prompt = "\n".join(textwrap.wrap(frame["prompt"].iloc[worst], 26, max_lines=3,
                                              placeholder=" .."))
@@ -2660,7 +2838,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>baseline.p
 <style>body{{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}}
 img{{max-width:100%}}table{{border-collapse:collapse}}td,th{{padding:.25em .8em;text-align:right;
 border-bottom:1px solid #ccc}}pre{{white-space:pre-wrap;background:#f4f4f4;padding:.6em}}</style>
-<h1>Quality and consistency on {count} {part} images</h1><pre>{command}</pre>{table}
+<h1>{what} on {count} {part} images</h1><pre>{command}</pre>{table}
 <p>Best epoch {best_epoch} of {epochs_run}, split by {split_by}, seed {seed}.</p>
 <h2>Verdict</h2><ul>{lines}</ul>{pictures}</html>
 """
@@ -2668,12 +2846,12 @@ border-bottom:1px solid #ccc}}pre{{white-space:pre-wrap;background:#f4f4f4;paddi
 
 def write_report(run, pred, row, findings):
     """Write curves.png, scatter.png, worst.png and report.html, which holds them all."""
-    args, folder, scales = run.args, Path(run.args.output_dir), run.table.scales
+    args, folder = run.args, Path(run.args.output_dir)
     frame, pictures = run.table.frame.iloc[run.parts[row["part"]]], ""
     draw_curves(run.progress["log"], row["best_epoch"], floor_metrics(run, "val"),
                 folder / "curves.png")
-    draw_scatter(pred, frame, scales, row, folder / "scatter.png")
-    draw_worst(pred, frame, scales, folder / "worst.png")
+    draw_scatter(pred, frame, run.table, row, folder / "scatter.png")
+    draw_worst(pred, frame, run.table, folder / "worst.png")
     for name, title in (("curves", "Training"), ("scatter", "Predicted and human MOS"),
                         ("worst", "Most wrong")):
         content = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
@@ -2684,7 +2862,8 @@ def write_report(run, pred, row, findings):
         for what, why, flags in findings]
     page = PAGE.format(**row | {
         "command": html.escape(f"python baseline.py {args.command}"), "count": len(frame),
-        "split_by": args.split_by, "pictures": pictures, "lines": "".join(
+        "what": " and ".join(TITLES[t] for t in run.table.targets).capitalize(),
+        "split_by": split_name(args), "pictures": pictures, "lines": "".join(
             f"<li>{line}</li>" for line in lines), "table": score_table([row]).to_html(border=0)})
     save_text(folder / "report.html", page)
 
@@ -2698,8 +2877,9 @@ def write_tensorboard(run):
         return
     folder, log = Path(run.args.output_dir), run.progress["log"]
     with SummaryWriter(str(folder / "tensorboard")) as writer:
-        for row, name in itertools.product(log, LOG_COLUMNS):
-            writer.add_scalar(name, row[name], row["epoch"])
+        for row in log:
+            for name, value in row.items():
+                writer.add_scalar(name, value, row["epoch"])
         for path in sorted(folder.glob("*.png")):
             pixels = np.asarray(Image.open(path).convert("RGB"))
             writer.add_image(path.stem, pixels, len(log), dataformats="HWC")
@@ -2800,6 +2980,14 @@ def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
     return pred, errors
 
 
+def refuse_untrained_limits(args, targets):
+    """Raise UserError where --min_quality or --min_consistency is of no trained target."""
+    for t in TARGETS:
+        if t not in targets and getattr(args, f"min_{TITLES[t]}") is not None:
+            raise UserError(f"{args.checkpoint} gives no {TITLES[t]}, for it had no such scores to "
+                            f"train on: drop --min_{TITLES[t]}.")
+
+
 def predict(args):
     """Score --predict's target with --checkpoint and write --predictions_csv.
 
@@ -2810,6 +2998,8 @@ def predict(args):
         content = load_checkpoint(args.checkpoint)
         named = {flag for flag in args.explicit if flag.endswith("_column")}
         saved = argparse.Namespace(**content["args"] | {k: getattr(args, k) for k in named})
+        targets = content.get("targets", TARGETS)
+        refuse_untrained_limits(args, targets)
         frame, paths, prompts = scoring_frame(args, saved)
         if "precision" not in args.explicit:
             args.precision = saved.precision
@@ -2817,9 +3007,11 @@ def predict(args):
         args.cache, device = "off", pick_device(args)
         scorer = load_scorer(args, content, device)
         pred, errors = score_images(*scorer, paths, prompts, args, device)
-        for t, column in (("q", saved.quality_column), ("c", saved.consistency_column)):
+        offsets = content.get("offsets", dict.fromkeys(TARGETS, 0.0))
+        own = {"q": saved.quality_column, "c": saved.consistency_column}
+        for t, column in [(t, own[t]) for t in targets]:
             scores = frame[column] if column in frame else pd.Series(index=frame.index, dtype=float)
-            mos = pd.to_numeric(scores, errors="coerce") / content["scales"][t]
+            mos = (pd.to_numeric(scores, errors="coerce") - offsets[t]) / content["scales"][t]
             good = np.isfinite(mos) & np.isfinite(pred[t])
             if good.any():
                 measured = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
@@ -2829,7 +3021,7 @@ def predict(args):
         for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
             free = (name + "_input" * k for k in itertools.count(1))
             frame = frame.rename(columns={name: next(n for n in free if n not in frame)})
-        frame = add_scores(frame, pred, content["scales"])
+        frame = add_scores(frame, pred, content["scales"], offsets, targets)
         frame["error"] = [errors.get(row, "") for row in range(len(frame))]
         limits = {"quality": args.min_quality, "consistency": args.min_consistency}
         passes = [frame[name] >= limit for name, limit in limits.items() if limit is not None]

@@ -128,10 +128,10 @@ def test_short_rows_have_no_explanation(table, changed, tmp_path):
 
 BAD_CELLS = [
     ({3: {"mos_quality": "good"}}, ["mos_quality", "not a finite number", "1 row", "(5)"]),
-    ({3: {"mos_quality": ""}}, ["mos_quality", "not a finite number", "(5)"]),
+    ({3: {"mos_quality": "", "mos_align": " "}}, ["neither mos_quality nor mos_align: 1 row (5)"]),
     ({3: {"mos_align": "NaN"}}, ["mos_align", "not a finite number", "(5)"]),
     ({3: {"mos_align": "inf"}}, ["mos_align", "not a finite number", "(5)"]),
-    ({4: {"mos_quality": "-0.1"}}, ["mos_quality", "below 0", "(6)"]),
+    ({4: {"mos_quality": "-100.1"}}, ["below its negative: 1 row (6)", "--label_scale_q"]),
     ({5: {"mos_quality": "101"}}, ["mos_quality above the label scale 100: 1 row (7)",
                                    "--label_scale_q"]),
     ({0: {"prompt": ""}}, ["empty prompts", "1 row", "(2)"]),
@@ -155,9 +155,9 @@ def test_bad_cells_are_named_by_kind_and_row(refused, changed, no_model, cells, 
 def test_all_kinds_come_in_one_error_with_their_first_rows(refused, changed, no_model):
     """One error lists all kinds, each with its count, five rows at most and a remedy."""
     said = refused(data=changed({i: {"mos_quality": "bad"} for i in range(7)} | {
-        8: {"mos_align": "-1"}, 9: {"prompt": ""}, 10: {"name": "gone.png"}}))
+        8: {"mos_align": "x"}, 9: {"prompt": ""}, 10: {"name": "gone.png"}}))
     assert "mos_quality that is not a finite number: 7 rows (2, 3, 4, 5, 6, ..)" in said
-    assert "mos_align below 0: 1 row (10)" in said
+    assert "mos_align that is not a finite number: 1 row (10)" in said
     assert "empty prompts: 1 row (11)" in said
     assert "1 row (12)" in said
     problems = [line for line in said.splitlines() if line.startswith("  - ")]
@@ -165,13 +165,14 @@ def test_all_kinds_come_in_one_error_with_their_first_rows(refused, changed, no_
     assert all("; " in line and len(line.split("; ", 1)[1]) > 10 for line in problems)
 
 
-@pytest.mark.parametrize("name", ["prompt", "mos_align", "explanation"])
-def test_missing_column_names_what_is_there(refused, changed, no_model, name):
+@pytest.mark.parametrize("name, more", [
+    ("prompt", []), ("mos_align", ["--consistency_column", "mos_align"]),
+    ("mos_quality", ["--quality_column", "mos_quality"]), ("explanation", ["--use_explanations"])])
+def test_missing_column_names_what_is_there(refused, changed, no_model, name, more):
     """A missing column is refused with its name, the columns that exist and the flags."""
-    more = ["--use_explanations"] if name == "explanation" else []
     said = refused(*more, data=changed(columns=[c for c in COLUMNS if c != name]))
     assert f"{name} is missing" in said
-    assert "mos_quality" in said.split("it has")[1]
+    assert "name, " in said.split("it has")[1]
     assert "--prompt_column" in said and "--explanation_column" in said
 
 
@@ -207,7 +208,7 @@ def fake_table(sizes):
     """Return a Table of as many prompts as sizes, without files."""
     prompt_id = np.repeat(np.arange(len(sizes)), sizes)
     frame = pd.DataFrame({"name": [f"{i:04d}" for i in range(len(prompt_id))],
-                          "prompt_id": prompt_id})
+                          "prompt_id": prompt_id, "group_id": prompt_id, "q": 0.5, "c": 0.5})
     prompts = [f"prompt {i:03d}" for i in range(len(sizes))]
     return baseline.Table(frame, prompts, [], {"q": 1, "c": 1}, None)
 
@@ -255,14 +256,12 @@ def test_split_does_not_depend_on_the_order_of_rows(flags, changed, data):
     assert names[0] == names[1]
 
 
-def test_prompts_that_differ_in_case_and_spacing_stay_together():
-    """Trivially different spellings of a prompt are not torn apart."""
-    table = fake_table([2] * 40)
-    table.prompts = [["a red house ", "A  Red House "][i % 2] + str(i // 2) for i in range(40)]
-    for seed in range(4):
-        parts = split(table, seed)
-        groups = [set(table.frame["prompt_id"].iloc[part] // 2) for part in parts.values()]
-        assert not groups[0] & groups[1] and len(groups[0] | groups[1]) == 20
+def test_prompts_that_differ_in_case_and_spacing_are_one(table, changed, data):
+    """Trivially different spellings are one group, for split, cross-validation and intervals."""
+    odd = table(changed({i: {"prompt": f"  {row['prompt'].upper()}  ".replace(" ", "  ")}
+                         for i, row in enumerate(data.rows) if i % 2}))
+    assert odd.frame["prompt_id"].nunique() > 9 == odd.frame["group_id"].nunique()
+    assert (odd.frame["group_id"].to_numpy().reshape(9, 4).std(axis=1) == 0).all()
 
 
 def test_split_by_image_mixes_prompts():

@@ -139,7 +139,7 @@ def test_the_base_starts_at_a_least_squares_plane_and_keeps_its_cosine(build, re
     """Quality starts as the probe, consistency on the cosine (which stays) and unseen quality."""
     run = build(*MODES[mode], "--lr", 1e-3)
     train, val, frame = run.parts["train"], run.parts["val"], run.table.frame
-    groups = np.unique(frame["prompt_id"].iloc[train], return_inverse=True)[1]
+    groups = np.unique(frame["group_id"].iloc[train], return_inverse=True)[1]
     unseen = fit(reference.f[train], logit(frame["q"].iloc[train]), groups)[2]
     cosine, ones, probe = (reference.s + 1) / 2, np.ones(36), run.floors["linear_probe"]["q"]
     x = np.column_stack([cosine[train], 1 / (1 + np.exp(-unseen)), ones[train]])
@@ -190,7 +190,7 @@ def test_floors_and_intervals_of_the_judged_part(train, reference, monkeypatch):
     for t in "qc":
         draws = baseline.bootstrap({"run": seen["test"][t], **{
             name: floor[t][rows] for name, floor in run.floors.items()}}, frame[t],
-            frame["prompt_id"].to_numpy())
+            frame["group_id"].to_numpy())
         low, high = row[f"interval_{t}_low"], row[f"interval_{t}_high"]
         assert (low, high) == pytest.approx(ends(draws["run"]))
         assert -1 <= low < row[f"test_srocc_{t}"] < high <= 1
