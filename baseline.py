@@ -293,6 +293,7 @@ if __name__ == "__main__":
 import base64
 import contextlib
 import copy
+import csv
 import ctypes
 import functools
 import hashlib
@@ -353,71 +354,158 @@ class Table:
     skipped: pd.DataFrame  # rows of skipped.csv
 
 
-def read_csv(path):
-    """Read a CSV as text, byte order mark or not; raise UserError where it is none.
+PACKAGES = {".parquet": "pyarrow", ".xlsx": "openpyxl"}  # with which pandas reads them
+TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".mat", *PACKAGES)
 
-    Returns a DataFrame of strings without blank rows, its index the row in the CSV (header: 1).
+
+def read_table(path):
+    """Read a table as text, its kind by its suffix (any other: CSV); UserError where it is none.
+
+    Returns a DataFrame of strings without blank rows, its index the row in the file (header: 1).
     """
+    suffix, separator = Path(path).suffix.lower(), ","
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig",
-                            skip_blank_lines=False).fillna("")
-        if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what is too much as an index
-            raise ValueError("its rows have more cells than its first line has columns")
-    except OSError as error:
-        raise UserError(f"The CSV must be a file that can be read, but {path} is not ({error}): "
-                        f"correct --data_csv_path (or --predict), or try --demo.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} must be UTF-8, but byte {error.start} is not: save it as "
-                        f"'CSV UTF-8'.") from error
-    except ValueError as error:  # pandas' own errors are of this kind, too
-        raise UserError(f"{path} is not a readable CSV ({str(error).strip()}): its first line must "
-                        f"name every column, and texts with commas need quotes.") from error
-    frame.index = np.arange(2, len(frame) + 2)
+        if suffix == ".parquet":
+            frame = pd.read_parquet(path, dtype_backend="numpy_nullable")
+        elif suffix == ".xlsx":
+            frame = pd.read_excel(path, header=None, dtype=object, na_filter=False)
+        else:
+            text = read_text(path)
+            separator = max("\t;,", key=re.match("[^\r\n]*", text)[0].count)
+            frame = pd.DataFrame(parse_text(text, suffix, separator), dtype=object)
+        frame = frame.astype(object).fillna("").map(str).astype(str).rename(columns=str)
+        frame.index = np.arange(1, len(frame) + 1)
+        if suffix not in (".parquet", ".json", ".jsonl"):  # pandas would rename twins
+            frame = frame.iloc[1:].set_axis([*frame.iloc[0]], axis=1)
+        names = ["name", "prompt", "mos_quality", "mos_align", *map(str, range(5, 1000))]
+        if any(map(is_image, frame)):
+            raise ValueError(f"row 1 is no header but an image: add above it the line "
+                             f"{separator.join(names[:frame.shape[1]])}")
+    except Exception as error:  # pandas, zip, json, csv: each in its own ways
+        why = (f"pip install {PACKAGES[suffix]}" if isinstance(error, ImportError) else
+               "it is empty" if isinstance(error, IndexError) else str(error).strip())
+        raise UserError(f"{path} is not a readable {suffix[1:].upper() or 'CSV'} ({why}): its "
+                        f"first line must name every column, and texts with commas need quotes. "
+                        f"Correct it, or --data_csv_path (or --predict), or try --demo.") from error
     return frame[(frame != "").any(axis=1)]
+
+
+def read_text(path):
+    """Return the text of a file in UTF-8, or in UTF-16 with the mark that Excel gives it."""
+    data = Path(path).read_bytes()
+    if data.startswith(b"MATLAB"):
+        raise ValueError("it is a MATLAB file: docs/DATASETS.md makes a CSV of one")
+    try:
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        gbk = (re.search(rb"[\xb0-\xf7][\xa1-\xfe]", data)
+               and "\ufffd" not in data.decode("gb18030", "replace"))
+        raise ValueError(f"byte {error.start} is not UTF-8{' but looks like GBK' if gbk else ''}: "
+                         f"save it as 'CSV UTF-8'") from error
+
+
+def parse_text(text, suffix, separator):
+    """Return a text file's rows: dictionaries of JSON, or lists of cells, all of one length."""
+    if suffix in (".json", ".jsonl"):
+        return json.loads(text) if suffix == ".json" else [
+            json.loads(line.strip() or "{}") for line in text.split("\n")]
+    rows = []
+    csv.field_size_limit(2 ** 31 - 1)
+    try:
+        for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True):
+            width = len(rows[0]) if rows else len(row)
+            if len(row) > width:
+                raise csv.Error("it has more cells than the first line has columns")
+            if "\n" in "".join(row) and row_inside(row, separator):
+                raise csv.Error("inside of a text another row seems to begin: close its quotes")
+            rows.append(row + [""] * (width - len(row)))
+    except csv.Error as error:
+        raise ValueError(f"row {len(rows) + 1}: {error}") from error
+    return rows
+
+
+def row_inside(row, separator):
+    """Return whether in a cell a row ends and one begins as this one does: its quotes are open."""
+    text, number = f"[^{separator}\n]*", r" *[-+.,\de]+ *"
+    like = [number if re.fullmatch(number, cell) else text + r"\.\w{3,4}" * is_image(cell)
+            for cell in row]
+    for i, cell in enumerate(row):
+        after, before = separator.join(["", *like[i + 1:]]), separator.join([*like[:i], ""])
+        if {*like[:i], *like[i + 1:]} - {text} and re.search(after + r"\r?\n" + before, cell):
+            return True
+    return False
+
+
+def is_image(name):
+    """Return whether a text ends like the file name of an image."""
+    return Path(name).suffix.lower() in Image.registered_extensions()
+
+
+def cells_of(frame, column):
+    """Return a column's cells, joined ones for "{a}/{b}"; None where it is missing or ambiguous.
+
+    Case and blanks in the header count only where the column stands there exactly.
+    """
+    fold = str if column in frame else lambda name: name.strip().casefold()
+    fits = [i for i, name in enumerate(frame.columns) if fold(name) == fold(column)]
+    joined, *parts = re.split(r"\{([^{}]+)\}", column)
+    if fits or not parts:
+        return frame.iloc[:, fits[0]] if len(fits) == 1 else None
+    for name, text in zip(parts[::2], parts[1::2]):
+        cells = cells_of(frame, name)
+        joined = None if joined is None or cells is None else joined + cells.str.strip() + text
+    return joined
 
 
 def load_table(args):
     """Read and check the whole CSV; raise one UserError that lists all that is wrong with it."""
-    frame, path = read_csv(args.data_csv_path), args.data_csv_path
+    frame, path = read_table(args.data_csv_path), args.data_csv_path
     columns = {"name": args.name_column, "prompt": args.prompt_column,
                "mos_quality": args.quality_column, "mos_align": args.consistency_column}
     columns |= {"explanation": args.explanation_column} if args.use_explanations else {}
-    if absent := [column for column in columns.values() if column not in frame]:
+    if absent := [name for name in columns.values() if cells_of(frame, name) is None]:
         raise UserError(f"{path} needs the columns {', '.join(columns.values())}, but "
                         f"{', '.join(absent)} is missing (it has {', '.join(frame.columns)}): "
-                        f"rename it with --name_column, --prompt_column, --quality_column, "
-                        f"--consistency_column or --explanation_column.")
+                        f"choose it with --name_column, --prompt_column, --quality_column, "
+                        f"--consistency_column or --explanation_column, or add a header line.")
     if frame.empty:
         raise UserError(f"{path} has a header but no rows: add one per image.")
-    frame = pd.DataFrame({name: frame[column] for name, column in columns.items()})
-    frame["path"] = [Path(args.image_base_dir, name) for name in frame["name"]]
+    frame = pd.DataFrame({name: cells_of(frame, column) for name, column in columns.items()})
+    names = frame["name"].str.strip().str.replace("\\", "/")
+    frame["path"] = [Path(args.image_base_dir, name) for name in names]
     frame["stamp"] = [f"{(stat := os.stat(path)).st_size}-{stat.st_mtime_ns}"
                       if os.path.isfile(path) else "" for path in frame["path"]]
-    blank = frame["name"].str.strip() == ""
-    problems = [  # what, bad rows, remedy
-        ("empty image names", blank, "fill them in or remove the rows"),
-        ("duplicate image names", frame["name"].duplicated(keep=False) & ~blank,
-         "keep one row per image"),
-        ("empty prompts", frame["prompt"].str.strip() == "", "fill them in or remove the rows"),
-        (f"image files missing in {args.image_base_dir}", ~blank & (frame["stamp"] == "")
-         & (not args.skip_bad_images), "check --image_base_dir and the names")]
+    blank = names == ""
+    gone = ~blank & (frame["stamp"] == "") & (not args.skip_bad_images)
+    near = [file.name for path in frame["path"][gone][:1] for file in sorted(path.parent.glob("*"))
+            if path.stem.casefold() in (file.stem.casefold(), file.name.casefold())]
+    problems = [  # what, bad rows, remedy, column to show
+        ("empty image names", blank, "fill them in or remove the rows", "name"),
+        ("duplicate image names", frame["path"].duplicated(keep=False) & ~blank,
+         "keep one row per image", "name"),
+        ("empty prompts", frame["prompt"].str.strip() == "", "fill them in", "prompt"),
+        (f"image files missing in {args.image_base_dir}", gone, f"near it lies "
+         f"{', '.join(near) or 'nothing'}; check --image_base_dir and the names", "path")]
     scales = {}
     for target, name in (("q", "mos_quality"), ("c", "mos_align")):
-        mos = pd.to_numeric(frame[name].str.strip(), errors="coerce").astype(float)
+        texts = frame[name].str.strip().str.replace(",", ".")
+        mos = pd.to_numeric(texts, errors="coerce").astype(float)
         finite, flag = np.isfinite(mos), f"label_scale_{target}"
         fitting = [scale for scale in MOS_SCALES if not mos[finite].max() > scale]
         scales[target] = getattr(args, flag) or (fitting or MOS_SCALES[-1:])[0]
         frame[target] = (mos / scales[target]).astype(np.float32)
         problems += [
-            (f"{columns[name]} that is not a finite number", ~finite, "correct or remove the rows"),
-            (f"{columns[name]} below 0", finite & (mos < 0), "shift the scores to start at 0"),
+            (f"{columns[name]} that is not a finite number", ~finite, "correct or remove the rows",
+             name),
+            (f"{columns[name]} below 0", finite & (mos < 0), "shift them to start at 0", name),
             (f"{columns[name]} above the label scale {scales[target]:g}",
-             finite & (mos > scales[target]), f"give the top of your scale with --{flag}")]
-    wrong = [(what, [*map(str, frame.index[bad])], remedy) for what, bad, remedy in problems]
-    lines = [f"\n  - {what}: {len(rows)} row{'s' * (len(rows) > 1)} ({', '.join(rows[:5])}"
-             f"{', ..' * (len(rows) > 5)}); {remedy}" for what, rows, remedy in wrong if rows]
+             finite & (mos > scales[target]), f"give the top of your scale with --{flag}", name)]
+    lines = [f"\n  - {what}: {len(cells)} row{'s' * (len(cells) > 1)} "
+             f"({', '.join(map(str, cells.index[:5]))}{', ..' * (len(cells) > 5)}), "
+             f'"{str(cells.iloc[0])[:500]}" in row {cells.index[0]}; {remedy}'
+             for what, bad, remedy, name in problems for cells in [frame[name][bad]] if any(bad)]
     if lines:
-        raise UserError(f"{path} cannot be used, the header being row 1:" + "".join(lines))
+        raise UserError(f"{path} cannot be used (a header is row 1):" + "".join(lines))
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
     frame["prompt_id"], prompts = pd.factorize(frame["prompt"], sort=True)
     texts = frame.get("explanation", pd.Series("", frame.index)).str.strip()
@@ -2288,7 +2376,7 @@ def json_text(value, indent=1):
 def append_run(args, row):
     """Add a row to <output_dir>/runs.csv, once; columns and texts of other runs stay."""
     path, line = Path(args.output_dir, "runs.csv"), row | {"advice": "; ".join(row["advice"])}
-    before = read_csv(path) if path.exists() else pd.DataFrame()
+    before = read_table(path) if path.exists() else pd.DataFrame()
     key = ["time", "seconds", "command", "checkpoint"]
     if not before.reindex(columns=key).eq([str(row[name]) for name in key]).all(axis=1).any():
         save_text(path, pd.concat([before, pd.DataFrame([line])]).to_csv(index=False))
@@ -2617,19 +2705,20 @@ def scoring_frame(args, saved):
     which name the columns. Prompts are "" where there is none.
     """
     target = Path(args.predict)
-    if target.suffix.lower() == ".csv":
-        frame = read_csv(target).reset_index(drop=True)
-        name, prompt = saved.name_column, saved.prompt_column
-        if name not in frame or frame.empty:
-            raise UserError(f"{target} needs rows to score and the column {name}, but has "
-                            f"{len(frame)} rows of {', '.join(frame.columns)}: add one per image, "
-                            f"or rename the column with --name_column.")
+    if target.suffix.lower() in TABLES:
+        frame = read_table(target).reset_index(drop=True)
+        names, texts = (cells_of(frame, c) for c in (saved.name_column, saved.prompt_column))
+        if names is None or frame.empty:
+            raise UserError(f"{target} needs rows to score and the column {saved.name_column}, but "
+                            f"has {len(frame)} rows of {', '.join(frame.columns)}: add one per "
+                            f"image and a header line, or choose the column with --name_column.")
+        names = names.str.strip().str.replace("\\", "/")
         places = ([Path(args.image_base_dir)] if "image_base_dir" in args.explicit else
                   [target.parent, target.parent / "images", Path(saved.image_base_dir)])
-        base = max(places, key=lambda place: sum(os.path.isfile(place / n) for n in frame[name]))
-        texts = frame[prompt] if prompt in frame else [""] * len(frame)
+        base = max(places, key=lambda place: sum(os.path.isfile(place / n) for n in names))
+        texts = [""] * len(frame) if texts is None else texts
         prompts = [text if text.strip() else args.prompt or "" for text in texts]
-        return frame, [base / image for image in frame[name]], prompts
+        return frame, [base / name for name in names], prompts
     known, prompts = Image.registered_extensions(), []
     known = {suffix for suffix, kind in known.items() if kind in Image.OPEN}  # not only written
     paths = [target] if target.is_file() else sorted(
@@ -2717,7 +2806,8 @@ def predict(args):
         scorer = load_scorer(args, content, device)
         pred, errors = score_images(*scorer, paths, prompts, args, device)
         for t, column in (("q", saved.quality_column), ("c", saved.consistency_column)):
-            scores = frame[column] if column in frame else pd.Series(index=frame.index, dtype=float)
+            scores = cells_of(frame, column)
+            scores = pd.Series("", frame.index) if scores is None else scores.str.replace(",", ".")
             mos = pd.to_numeric(scores, errors="coerce") / content["scales"][t]
             good = np.isfinite(mos) & np.isfinite(pred[t])
             if good.any():
