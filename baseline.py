@@ -136,9 +136,9 @@ def build_parser():
     add("--demo", **on, help="use data/demo: synthetic images, tiny CLIP, its own epochs and lr")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_csv_path", default="data/data.csv", help="CSV with one image per row")
+    add("--data_csv_path", default="data/data.csv", help="table of images: .csv, .jsonl, .xlsx ..")
     add("--image_base_dir", default="data/images", help="folder of the names in the CSV")
-    add("--name_column", default="name", help="CSV column: image file name")
+    add("--name_column", default="name", help="column of image files; {a}/{b}: of two columns")
     add("--prompt_column", default="prompt", help="CSV column: prompt")
     add("--quality_column", default="mos_quality", help="CSV column: quality MOS")
     add("--consistency_column", default="mos_align", help="CSV column: consistency MOS")
@@ -356,6 +356,7 @@ class Table:
 
 PACKAGES = {".parquet": "pyarrow", ".xlsx": "openpyxl"}  # with which pandas reads them
 TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".mat", *PACKAGES)
+IMAGES = tuple(Image.registered_extensions())
 
 
 def read_table(path):
@@ -376,14 +377,14 @@ def read_table(path):
         frame = frame.astype(object).fillna("").map(str).astype(str).rename(columns=str)
         frame.index = np.arange(1, len(frame) + 1)
         if suffix not in (".parquet", ".json", ".jsonl"):  # pandas would rename twins
-            frame = frame.iloc[1:].set_axis([*frame.iloc[0]], axis=1)
+            frame = frame.iloc[1:].set_axis([*next(frame.itertuples(index=False))], axis=1)
         names = ["name", "prompt", "mos_quality", "mos_align", *map(str, range(5, 1000))]
-        if any(map(is_image, frame)):
+        if any(name.lower().endswith(IMAGES) for name in frame):
             raise ValueError(f"row 1 is no header but an image: add above it the line "
                              f"{separator.join(names[:frame.shape[1]])}")
     except Exception as error:  # pandas, zip, json, csv: each in its own ways
-        why = (f"pip install {PACKAGES[suffix]}" if isinstance(error, ImportError) else
-               "it is empty" if isinstance(error, IndexError) else str(error).strip())
+        why = str(error).strip() or "it is empty"
+        why = f"pip install {PACKAGES[suffix]}" if isinstance(error, ImportError) else why
         raise UserError(f"{path} is not a readable {suffix[1:].upper() or 'CSV'} ({why}): its "
                         f"first line must name every column, and texts with commas need quotes. "
                         f"Correct it, or --data_csv_path (or --predict), or try --demo.") from error
@@ -398,10 +399,9 @@ def read_text(path):
     try:
         return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
-        gbk = (re.search(rb"[\xb0-\xf7][\xa1-\xfe]", data)
-               and "\ufffd" not in data.decode("gb18030", "replace"))
-        raise ValueError(f"byte {error.start} is not UTF-8{' but looks like GBK' if gbk else ''}: "
-                         f"save it as 'CSV UTF-8'") from error
+        gbk = (" but looks like GBK" if re.search(rb"[\xb0-\xf7][\xa1-\xfe]", data)
+               and "\ufffd" not in data.decode("gb18030", "replace") else "")
+        raise ValueError(f"byte {error.start} is not UTF-8{gbk}: save it as 'CSV UTF-8'") from error
 
 
 def parse_text(text, suffix, separator):
@@ -427,25 +427,15 @@ def parse_text(text, suffix, separator):
 def row_inside(row, separator):
     """Return whether in a cell a row ends and one begins as this one does: its quotes are open."""
     text, number = f"[^{separator}\n]*", r" *[-+.,\de]+ *"
-    like = [number if re.fullmatch(number, cell) else text + r"\.\w{3,4}" * is_image(cell)
-            for cell in row]
-    for i, cell in enumerate(row):
-        after, before = separator.join(["", *like[i + 1:]]), separator.join([*like[:i], ""])
-        if {*like[:i], *like[i + 1:]} - {text} and re.search(after + r"\r?\n" + before, cell):
-            return True
-    return False
-
-
-def is_image(name):
-    """Return whether a text ends like the file name of an image."""
-    return Path(name).suffix.lower() in Image.registered_extensions()
+    like = [number if re.fullmatch(number, cell) else
+            text + r"\.\w{3,4}" * cell.lower().endswith(IMAGES) for cell in row]
+    return any({*like[:i], *like[i + 1:]} - {text} and re.search(separator.join(
+        ["", *like[i + 1:]]) + r"\r?\n" + separator.join([*like[:i], ""]), cell)
+        for i, cell in enumerate(row))
 
 
 def cells_of(frame, column):
-    """Return a column's cells, joined ones for "{a}/{b}"; None where it is missing or ambiguous.
-
-    Case and blanks in the header count only where the column stands there exactly.
-    """
+    """Return the cells of a column (case and blanks aside) or of "{a}/{b}"; None without one."""
     fold = str if column in frame else lambda name: name.strip().casefold()
     fits = [i for i, name in enumerate(frame.columns) if fold(name) == fold(column)]
     joined, *parts = re.split(r"\{([^{}]+)\}", column)
@@ -455,6 +445,28 @@ def cells_of(frame, column):
         cells = cells_of(frame, name)
         joined = None if joined is None or cells is None else joined + cells.str.strip() + text
     return joined
+
+
+def image_names(cells):
+    """Return the names of images without blanks around them, and with / for Windows' slashes."""
+    return cells.str.strip().str.replace("\\", "/")
+
+
+def refuse_rows(table, frame, problems):
+    """Raise one UserError of all bad rows; problems: what, rows, remedy, column to show."""
+    lines = ""
+    for what, bad, remedy, column in problems:
+        cells = frame[column][bad]
+        for row, cell in cells[:1].items():
+            if column == "path":
+                near = [file.name for file in sorted(cell.parent.glob("*")) if cell.stem.casefold()
+                        in (file.stem.casefold(), file.name.casefold())]
+                remedy = f"near it lies {', '.join(near) or 'nothing'}; {remedy}"
+            lines += (f"\n  - {what}: {len(cells)} row{'s' * (len(cells) > 1)} "
+                      f"({', '.join(map(str, cells.index[:5]))}{', ..' * (len(cells) > 5)}), "
+                      f'"{str(cell)[:500]}" in row {row}; {remedy}')
+    if lines:
+        raise UserError(f"{table} cannot be used (a header is row 1):{lines}")
 
 
 def load_table(args):
@@ -471,21 +483,17 @@ def load_table(args):
     if frame.empty:
         raise UserError(f"{path} has a header but no rows: add one per image.")
     frame = pd.DataFrame({name: cells_of(frame, column) for name, column in columns.items()})
-    names = frame["name"].str.strip().str.replace("\\", "/")
-    frame["path"] = [Path(args.image_base_dir, name) for name in names]
+    frame["path"] = [Path(args.image_base_dir, name) for name in image_names(frame["name"])]
     frame["stamp"] = [f"{(stat := os.stat(path)).st_size}-{stat.st_mtime_ns}"
                       if os.path.isfile(path) else "" for path in frame["path"]]
-    blank = names == ""
-    gone = ~blank & (frame["stamp"] == "") & (not args.skip_bad_images)
-    near = [file.name for path in frame["path"][gone][:1] for file in sorted(path.parent.glob("*"))
-            if path.stem.casefold() in (file.stem.casefold(), file.name.casefold())]
+    blank = frame["name"].str.strip() == ""
     problems = [  # what, bad rows, remedy, column to show
         ("empty image names", blank, "fill them in or remove the rows", "name"),
         ("duplicate image names", frame["path"].duplicated(keep=False) & ~blank,
          "keep one row per image", "name"),
         ("empty prompts", frame["prompt"].str.strip() == "", "fill them in", "prompt"),
-        (f"image files missing in {args.image_base_dir}", gone, f"near it lies "
-         f"{', '.join(near) or 'nothing'}; check --image_base_dir and the names", "path")]
+        (f"image files missing in {args.image_base_dir}", ~blank & (frame["stamp"] == "")
+         & (not args.skip_bad_images), "check --image_base_dir and the names", "path")]
     scales = {}
     for target, name in (("q", "mos_quality"), ("c", "mos_align")):
         texts = frame[name].str.strip().str.replace(",", ".")
@@ -500,12 +508,7 @@ def load_table(args):
             (f"{columns[name]} below 0", finite & (mos < 0), "shift them to start at 0", name),
             (f"{columns[name]} above the label scale {scales[target]:g}",
              finite & (mos > scales[target]), f"give the top of your scale with --{flag}", name)]
-    lines = [f"\n  - {what}: {len(cells)} row{'s' * (len(cells) > 1)} "
-             f"({', '.join(map(str, cells.index[:5]))}{', ..' * (len(cells) > 5)}), "
-             f'"{str(cells.iloc[0])[:500]}" in row {cells.index[0]}; {remedy}'
-             for what, bad, remedy, name in problems for cells in [frame[name][bad]] if any(bad)]
-    if lines:
-        raise UserError(f"{path} cannot be used (a header is row 1):" + "".join(lines))
+    refuse_rows(path, frame, problems)
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
     frame["prompt_id"], prompts = pd.factorize(frame["prompt"], sort=True)
     texts = frame.get("explanation", pd.Series("", frame.index)).str.strip()
@@ -2712,7 +2715,7 @@ def scoring_frame(args, saved):
             raise UserError(f"{target} needs rows to score and the column {saved.name_column}, but "
                             f"has {len(frame)} rows of {', '.join(frame.columns)}: add one per "
                             f"image and a header line, or choose the column with --name_column.")
-        names = names.str.strip().str.replace("\\", "/")
+        names = image_names(names)
         places = ([Path(args.image_base_dir)] if "image_base_dir" in args.explicit else
                   [target.parent, target.parent / "images", Path(saved.image_base_dir)])
         base = max(places, key=lambda place: sum(os.path.isfile(place / n) for n in names))
