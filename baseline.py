@@ -386,8 +386,9 @@ def read_table(path):
         why = str(error).strip() or "it is empty"
         why = f"pip install {PACKAGES[suffix]}" if isinstance(error, ImportError) else why
         raise UserError(f"{path} is not a readable {suffix[1:].upper() or 'CSV'} ({why}): its "
-                        f"first line must name every column, and texts with commas need quotes. "
-                        f"Correct it, or --data_csv_path (or --predict), or try --demo.") from error
+                        f"first line must name every column, and texts with commas or quotes need "
+                        f"quotes around them, their own twice. Correct it, or --data_csv_path "
+                        f"(or --predict), or try --demo.") from error
     return frame[(frame != "").any(axis=1)]
 
 
