@@ -143,9 +143,9 @@ def build_parser():
     add("--demo", **on, help="use data/demo: synthetic images, tiny CLIP, its own epochs and lr")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_csv_path", default="data/data.csv", help="CSV with one image per row")
+    add("--data_csv_path", default="data/data.csv", help="table of images: .csv, .jsonl, .xlsx ..")
     add("--image_base_dir", default="data/images", help="folder of the names in the CSV")
-    add("--name_column", default="name", help="CSV column: image file name")
+    add("--name_column", default="name", help="column of image files; {a}/{b}: of two columns")
     add("--prompt_column", default="prompt", help="CSV column: prompt")
     add("--quality_column", default="mos_quality", help="CSV column: quality MOS")
     add("--consistency_column", default="mos_align", help="CSV column: consistency MOS")
@@ -308,6 +308,7 @@ if __name__ == "__main__":
 import base64
 import contextlib
 import copy
+import csv
 import ctypes
 import functools
 import hashlib
@@ -376,69 +377,156 @@ class Table:
     offsets: dict = field(default_factory=lambda: dict.fromkeys(TARGETS, 0.0))
 
 
-def read_csv(path):
-    """Read a CSV as text, byte order mark or not; raise UserError where it is none.
+PACKAGES = {".parquet": "pyarrow", ".xlsx": "openpyxl"}  # with which pandas reads them
+TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".mat", *PACKAGES)
+IMAGES = tuple(Image.registered_extensions())
 
-    Returns a DataFrame of strings without blank rows, its index the row in the CSV (header: 1).
+
+def read_table(path):
+    """Read a table as text, its kind by its suffix (any other: CSV); UserError where it is none.
+
+    Returns a DataFrame of strings without blank rows, its index the row in the file (header: 1).
     """
+    suffix, separator = Path(path).suffix.lower(), ","
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig",
-                            skip_blank_lines=False).fillna("")
-        if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what is too much as an index
-            raise ValueError("its rows have more cells than its first line has columns")
-    except OSError as error:
-        raise UserError(f"The CSV must be a file that can be read, but {path} is not ({error}): "
-                        f"correct --data_csv_path (or --predict), or try --demo.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} must be UTF-8, but byte {error.start} is not: save it as "
-                        f"'CSV UTF-8'.") from error
-    except ValueError as error:  # pandas' own errors are of this kind, too
-        raise UserError(f"{path} is not a readable CSV ({str(error).strip()}): its first line must "
-                        f"name every column, and texts with commas need quotes.") from error
-    frame.index = np.arange(2, len(frame) + 2)
+        if suffix == ".parquet":
+            frame = pd.read_parquet(path, dtype_backend="numpy_nullable")
+        elif suffix == ".xlsx":
+            frame = pd.read_excel(path, header=None, dtype=object, na_filter=False)
+        else:
+            text = read_text(path)
+            separator = max("\t;,", key=re.match("[^\r\n]*", text)[0].count)
+            frame = pd.DataFrame(parse_text(text, suffix, separator), dtype=object)
+        frame = frame.astype(object).fillna("").map(str).astype(str).rename(columns=str)
+        frame.index = np.arange(1, len(frame) + 1)
+        if suffix not in (".parquet", ".json", ".jsonl"):  # pandas would rename twins
+            frame = frame.iloc[1:].set_axis([*next(frame.itertuples(index=False))], axis=1)
+        names = ["name", "prompt", "mos_quality", "mos_align", *map(str, range(5, 1000))]
+        if any(name.lower().endswith(IMAGES) for name in frame):
+            raise ValueError(f"row 1 is no header but an image: add above it the line "
+                             f"{separator.join(names[:frame.shape[1]])}")
+    except Exception as error:  # pandas, zip, json, csv: each in its own ways
+        why = str(error).strip() or "it is empty"
+        why = f"pip install {PACKAGES[suffix]}" if isinstance(error, ImportError) else why
+        raise UserError(f"{path} is not a readable {suffix[1:].upper() or 'CSV'} ({why}): its "
+                        f"first line must name every column, and texts with commas or quotes need "
+                        f"quotes around them, their own twice. Correct it, or --data_csv_path "
+                        f"(or --predict), or try --demo.") from error
     return frame[(frame != "").any(axis=1)]
+
+
+def read_text(path):
+    """Return the text of a file in UTF-8, or in UTF-16 with the mark that Excel gives it."""
+    data = Path(path).read_bytes()
+    if data.startswith(b"MATLAB"):
+        raise ValueError("it is a MATLAB file: docs/DATASETS.md makes a CSV of one")
+    try:
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        gbk = (" but looks like GBK" if re.search(rb"[\xb0-\xf7][\xa1-\xfe]", data)
+               and "\ufffd" not in data.decode("gb18030", "replace") else "")
+        raise ValueError(f"byte {error.start} is not UTF-8{gbk}: save it as 'CSV UTF-8'") from error
+
+
+def parse_text(text, suffix, separator):
+    """Return a text file's rows: dictionaries of JSON, or lists of cells, all of one length."""
+    if suffix in (".json", ".jsonl"):
+        return json.loads(text) if suffix == ".json" else [
+            json.loads(line.strip() or "{}") for line in text.split("\n")]
+    rows = []
+    csv.field_size_limit(2 ** 31 - 1)
+    try:
+        for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True):
+            width = len(rows[0]) if rows else len(row)
+            if len(row) > width:
+                raise csv.Error("it has more cells than the first line has columns")
+            if "\n" in "".join(row) and row_inside(row, separator):
+                raise csv.Error("inside of a text another row seems to begin: close its quotes")
+            rows.append(row + [""] * (width - len(row)))
+    except csv.Error as error:
+        raise ValueError(f"row {len(rows) + 1}: {error}") from error
+    return rows
+
+
+def row_inside(row, separator):
+    """Return whether in a cell a row ends and one begins as this one does: its quotes are open."""
+    text, number = f"[^{separator}\n]*", r" *[-+.,\de]+ *"
+    like = [number if re.fullmatch(number, cell) else
+            text + r"\.\w{3,4}" * cell.lower().endswith(IMAGES) for cell in row]
+    return any({*like[:i], *like[i + 1:]} - {text} and re.search(separator.join(
+        ["", *like[i + 1:]]) + r"\r?\n" + separator.join([*like[:i], ""]), cell)
+        for i, cell in enumerate(row))
+
+
+def cells_of(frame, column):
+    """Return the cells of a column (case and blanks aside) or of "{a}/{b}"; None without one."""
+    fold = str if column in frame else lambda name: name.strip().casefold()
+    fits = [i for i, name in enumerate(frame.columns) if fold(name) == fold(column)]
+    joined, *parts = re.split(r"\{([^{}]+)\}", column)
+    if fits or not parts:
+        return frame.iloc[:, fits[0]] if len(fits) == 1 else None
+    for name, text in zip(parts[::2], parts[1::2]):
+        cells = cells_of(frame, name)
+        joined = None if joined is None or cells is None else joined + cells.str.strip() + text
+    return joined
+
+
+def image_names(cells):
+    """Return the names of images without blanks around them, and with / for Windows' slashes."""
+    return cells.str.strip().str.replace("\\", "/")
+
+
+def refuse_rows(table, frame, problems):
+    """Raise one UserError of all bad rows; problems: what, rows, remedy, column to show."""
+    lines = ""
+    for what, bad, remedy, column in problems:
+        cells = frame[column][bad]
+        for row, cell in cells[:1].items():
+            if column == "path":
+                near = [file.name for file in sorted(cell.parent.glob("*")) if cell.stem.casefold()
+                        in (file.stem.casefold(), file.name.casefold())]
+                remedy = f"near it lies {', '.join(near) or 'nothing'}; {remedy}"
+            lines += (f"\n  - {what}: {len(cells)} row{'s' * (len(cells) > 1)} "
+                      f"({', '.join(map(str, cells.index[:5]))}{', ..' * (len(cells) > 5)}), "
+                      f'"{str(cell)[:500]}" in row {row}; {remedy}')
+    if lines:
+        raise UserError(f"{table} cannot be used (a header is row 1):{lines}")
 
 
 def load_table(args):
     """Read and check the whole CSV; raise one UserError that lists all that is wrong with it."""
-    raw, path = read_csv(args.data_csv_path), args.data_csv_path
-    frame = raw
+    raw, path = read_table(args.data_csv_path), args.data_csv_path
     columns = {"name": args.name_column, "prompt": args.prompt_column,
                "mos_quality": args.quality_column, "mos_align": args.consistency_column}
     columns |= {name: column for name, column in (
         ("explanation", args.use_explanations and args.explanation_column),
         ("group", args.group_column), ("part", args.split_column)) if column}
-    columns = {name: columns[name] for name in columns if name not in absent_ones(frame, args)}
-    if absent := [column for column in columns.values() if column not in frame]:
+    columns = {name: columns[name] for name in columns if name not in absent_ones(raw, args)}
+    if absent := [column for column in columns.values() if cells_of(raw, column) is None]:
         raise UserError(f"{path} needs the columns {', '.join(columns.values())}, but "
-                        f"{', '.join(absent)} is missing (it has {', '.join(frame.columns)}): "
-                        f"rename it with --name_column, --prompt_column, --quality_column, "
+                        f"{', '.join(absent)} is missing (it has {', '.join(raw.columns)}): "
+                        f"choose it with --name_column, --prompt_column, --quality_column, "
                         f"--consistency_column, --explanation_column, --group_column or "
-                        f"--split_column.")
-    if frame.empty:
+                        f"--split_column, or add a header line.")
+    if raw.empty:
         raise UserError(f"{path} has a header but no rows: add one per image.")
-    frame = pd.DataFrame({"prompt": ""} | {name: frame[own] for name, own in columns.items()},
-                         frame.index)
-    frame["path"] = [Path(args.image_base_dir, name) for name in frame["name"]]
+    frame = pd.DataFrame({"prompt": ""} | {name: cells_of(raw, own)
+                                           for name, own in columns.items()}, raw.index)
+    frame["path"] = [Path(args.image_base_dir, name) for name in image_names(frame["name"])]
     frame["stamp"] = [f"{(stat := os.stat(path)).st_size}-{stat.st_mtime_ns}"
                       if os.path.isfile(path) else "" for path in frame["path"]]
     wrong_parts = read_parts(frame, raw, args)
     scales, offsets, wrong_scores = read_scores(frame, columns, args)
     blank = frame["name"].str.strip() == ""
-    blank_prompts = (frame["prompt"].str.strip() == "") & frame["c"].notna()
-    problems = [  # what, bad rows, remedy
-        ("empty image names", blank, "fill them in or remove the rows"),
-        ("duplicate image names", frame["name"].duplicated(keep=False) & ~blank,
-         "keep one row per image"),
-        ("empty prompts", blank_prompts, "fill them in or remove the rows"),
+    no_prompt = (frame["prompt"].str.strip() == "") & frame["c"].notna()
+    refuse_rows(path, frame, [  # what, bad rows, remedy, column to show
+        ("empty image names", blank, "fill them in or remove the rows", "name"),
+        ("duplicate image names", frame["path"].duplicated(keep=False) & ~blank,
+         "keep one row per image", "name"),
+        ("empty prompts", no_prompt, "fill them in or remove the rows", "prompt"),
         (f"image files missing in {args.image_base_dir}", ~blank & (frame["stamp"] == "")
-         & (not args.skip_bad_images), "check --image_base_dir and the names"),
-        *wrong_parts, *wrong_scores]
-    wrong = [(what, [*map(str, frame.index[bad])], remedy) for what, bad, remedy in problems]
-    lines = [f"\n  - {what}: {len(rows)} row{'s' * (len(rows) > 1)} ({', '.join(rows[:5])}"
-             f"{', ..' * (len(rows) > 5)}); {remedy}" for what, rows, remedy in wrong if rows]
-    if lines:
-        raise UserError(f"{path} cannot be used, the header being row 1:" + "".join(lines))
+         & (not args.skip_bad_images), "check --image_base_dir and the names", "path"),
+        *wrong_parts, *wrong_scores])
     targets = trained_targets(frame, args)
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
     frame["prompt_id"], prompts = pd.factorize(frame["prompt"], sort=True)
@@ -461,8 +549,8 @@ def read_parts(frame, raw, args):
 
     Returns its problems and those of the group.
     """
-    for column in raw if not args.split_column else ():
-        parts = named_parts(raw[column].drop_duplicates())
+    for column, cells in raw.items() if not args.split_column else ():
+        parts = named_parts(cells.drop_duplicates())
         if column.strip().casefold() == "split" or (parts.nunique() > 1 and parts.notna().all()):
             print(f"the column {column} is ignored: --split_column {column} splits by it")
     texts = frame.get("part", pd.Series("train", frame.index))
@@ -472,8 +560,8 @@ def read_parts(frame, raw, args):
     empty = folded(frame["group"]) == "" if args.group_column else parts == ""
     values = ", ".join(map(repr, texts[parts.isna()].unique()[:5]))
     return [(f"{args.split_column} that is no part ({values})", parts.isna(),
-             "call it train, val or test"),
-            (f"empty {args.group_column}", empty, "fill them in or remove the rows")]
+             "call it train, val or test", "name"),
+            (f"empty {args.group_column}", empty, "fill them in or remove the rows", "name")]
 
 
 def groups_of(frame, args):
@@ -494,7 +582,7 @@ def absent_ones(frame, args):
     """
     flags = {"mos_quality": "quality_column", "mos_align": "consistency_column",
              "prompt": "prompt_column"}
-    absent = {name for name, flag in flags.items() if name not in frame
+    absent = {name for name, flag in flags.items() if cells_of(frame, name) is None
               and getattr(args, flag) == name and flag not in args.explicit}
     if {"mos_quality", "mos_align"} <= absent:
         return set()
@@ -509,7 +597,7 @@ def read_scores(frame, columns, args):
     scales, offsets, problems = {}, {}, []
     for target, name in (("q", "mos_quality"), ("c", "mos_align")):
         text, column = frame.get(name, pd.Series("", frame.index)).str.strip(), columns.get(name)
-        mos = pd.to_numeric(text, errors="coerce").astype(float)
+        mos = pd.to_numeric(text.str.replace(",", "."), errors="coerce").astype(float)
         finite, flag = np.isfinite(mos), f"label_scale_{target}"
         fitting = [scale for scale in MOS_SCALES if not mos[finite].abs().max() > scale]
         top, below = getattr(args, flag) or (fitting or MOS_SCALES[-1:])[0], finite & (mos < 0)
@@ -521,13 +609,15 @@ def read_scores(frame, columns, args):
                   f"{mos.min():g}): it is read as scores from {-top:g} to {top:g}")
         problems += [
             (f"{column} that is not a finite number", ~finite & (text != ""),
-             "correct them; an empty cell is no score"),
+             "correct them; an empty cell is no score", name),
             (f"{column} above the label scale {top:g}{' or below its negative' * int(below.any())}",
-             finite & (mos.abs() > top), f"give the top of your scale with --{flag}")]
+             finite & (mos.abs() > top), f"give the top of your scale with --{flag}", name)
+        ] if column else []
     names = " nor ".join(columns[name] for name in ("mos_quality", "mos_align") if name in columns)
     scoreless = frame[["q", "c"]].isna().all(axis=1) & (frame.get("part") != "test")
     return scales, offsets, [*problems, (f"neither {names}" if " " in names else f"no {names}",
-                                         scoreless, "fill in one of them or remove the rows")]
+                                         scoreless, "fill in one of them or remove the rows",
+                                         "name")]
 
 
 def to_mos(score, target, scales, offsets):
@@ -2558,7 +2648,7 @@ def json_text(value, indent=1):
 def append_run(args, row):
     """Add a row to <output_dir>/runs.csv, once; columns and texts of other runs stay."""
     path, line = Path(args.output_dir, "runs.csv"), row | {"advice": "; ".join(row["advice"])}
-    before = read_csv(path) if path.exists() else pd.DataFrame()
+    before = read_table(path) if path.exists() else pd.DataFrame()
     key = ["time", "seconds", "command", "checkpoint"]
     if not before.reindex(columns=key).eq([str(row[name]) for name in key]).all(axis=1).any():
         save_text(path, pd.concat([before, pd.DataFrame([line])]).to_csv(index=False))
@@ -2898,19 +2988,20 @@ def scoring_frame(args, saved):
     which name the columns. Prompts are "" where there is none.
     """
     target = Path(args.predict)
-    if target.suffix.lower() == ".csv":
-        frame = read_csv(target).reset_index(drop=True)
-        name, prompt = saved.name_column, saved.prompt_column
-        if name not in frame or frame.empty:
-            raise UserError(f"{target} needs rows to score and the column {name}, but has "
-                            f"{len(frame)} rows of {', '.join(frame.columns)}: add one per image, "
-                            f"or rename the column with --name_column.")
+    if target.suffix.lower() in TABLES:
+        frame = read_table(target).reset_index(drop=True)
+        names, texts = (cells_of(frame, c) for c in (saved.name_column, saved.prompt_column))
+        if names is None or frame.empty:
+            raise UserError(f"{target} needs rows to score and the column {saved.name_column}, but "
+                            f"has {len(frame)} rows of {', '.join(frame.columns)}: add one per "
+                            f"image and a header line, or choose the column with --name_column.")
+        names = image_names(names)
         places = ([Path(args.image_base_dir)] if "image_base_dir" in args.explicit else
                   [target.parent, target.parent / "images", Path(saved.image_base_dir)])
-        base = max(places, key=lambda place: sum(os.path.isfile(place / n) for n in frame[name]))
-        texts = frame[prompt] if prompt in frame else [""] * len(frame)
+        base = max(places, key=lambda place: sum(os.path.isfile(place / n) for n in names))
+        texts = [""] * len(frame) if texts is None else texts
         prompts = [text if text.strip() else args.prompt or "" for text in texts]
-        return frame, [base / image for image in frame[name]], prompts
+        return frame, [base / name for name in names], prompts
     known, prompts = Image.registered_extensions(), []
     known = {suffix for suffix, kind in known.items() if kind in Image.OPEN}  # not only written
     paths = [target] if target.is_file() else sorted(
@@ -3009,8 +3100,9 @@ def predict(args):
         pred, errors = score_images(*scorer, paths, prompts, args, device)
         offsets = content.get("offsets", dict.fromkeys(TARGETS, 0.0))
         own = {"q": saved.quality_column, "c": saved.consistency_column}
-        for t, column in [(t, own[t]) for t in targets]:
-            scores = frame[column] if column in frame else pd.Series(index=frame.index, dtype=float)
+        for t in targets:
+            scores = cells_of(frame, own[t])
+            scores = pd.Series("", frame.index) if scores is None else scores.str.replace(",", ".")
             mos = (pd.to_numeric(scores, errors="coerce") - offsets[t]) / content["scales"][t]
             good = np.isfinite(mos) & np.isfinite(pred[t])
             if good.any():

@@ -126,7 +126,7 @@ def test_any_rows_as_a_csv(place, rows, more):
 
 @fuzz(400)
 @given(ROWS, st.lists(st.sampled_from([*COLUMNS, "quality", "quality_input", "error", "=x", ""]),
-                      min_size=5, max_size=5), st.sampled_from([".csv", ".txt", "", ".png"]))
+                      min_size=5, max_size=5), st.sampled_from([".csv", ".txt", ".tsv", "", ".png"]))
 @example([("x" * 5000, "a cat", "1", "1", "")], COLUMNS, ".csv")  # longer than a name may be
 def test_any_rows_to_score(place, rows, columns, suffix):
     """Any target is one image per row, its cells as they stand there, or is refused."""
@@ -137,8 +137,10 @@ def test_any_rows_to_score(place, rows, columns, suffix):
         args = baseline.parse_args(["--predict", target])
         frame, paths, prompts = baseline.scoring_frame(args, saved)
         assert len(frame) == len(paths) == len(prompts) > 0
-        assert suffix == ".csv" or (paths == [target] and frame["name"].tolist() == [target.name])
-        assert suffix != ".csv" or paths == [place / name for name in frame["name"]]
+        table = suffix in baseline.TABLES
+        assert table or (paths == [target] and frame["name"].tolist() == [target.name])
+        assert not table or paths == [place / name.strip().replace("\\", "/")
+                                      for name in baseline.cells_of(frame, "name")]
         assert all(isinstance(prompt, str) for prompt in prompts)
 
 
