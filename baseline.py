@@ -69,7 +69,7 @@ DEMO = dict(data_csv_path=str(HERE / "data/demo/data.csv"),
 DEPENDENT_FLAGS = {"freeze_layers": "partial_freeze", "refinement_layers": "use_refinement",
                    "refinement_heads": "use_refinement", "refinement_dim": "use_refinement",
                    "w_exp": "use_explanations", "explanation_column": "use_explanations",
-                   "checkpoint": "predict", "prompt": "predict", "predictions_csv": "predict",
+                   "checkpoint": "predict or --export", "prompt": "predict", "predictions_csv": "predict",
                    "min_quality": "predict", "min_consistency": "predict"}
 
 
@@ -230,7 +230,9 @@ def build_parser():
 
     add = parser.add_argument_group("scoring").add_argument
     add("--predict", metavar="TARGET", help="score a CSV, a folder of images or one image")
-    add("--checkpoint", default="outputs/baseline_best.pt", help="what --predict scores with")
+    add("--checkpoint", default="outputs/baseline_best.pt",
+        help="what --predict scores with: a file, a folder of --export or hf-hub:ORG/NAME")
+    add("--export", metavar="DIR", help="write --checkpoint as a folder that needs no other file")
     add("--prompt", help="of every image of --predict; a .txt file beside a folder's image wins")
     add("--predictions_csv", default="predictions.csv", help="of --predict; - for standard output")
     add("--min_quality", type=number(0), help="add a column `keep`: quality at least this MOS")
@@ -270,12 +272,14 @@ def parse_args(argv=None):
              "--repeats continues by itself when the command is restarted: drop --resume_from"),
             (Path(args.log_csv).name != args.log_csv,
              f"--log_csv {args.log_csv} must be a file name: it lies in --output_dir"),
+            (args.predict and args.export,
+             "--predict and --export are two commands: give one of them"),
             (args.no_amp and given.get("precision", "fp32") != "fp32",
              f"--no_amp means --precision fp32, not {args.precision}: drop one of them")):
         if wrong:
             parser.error(message)
     for flag, needed in DEPENDENT_FLAGS.items():
-        if flag in given and not getattr(args, needed) and RANK == 0:
+        if flag in given and not any(map(vars(args).get, needed.split(" or --"))) and RANK == 0:
             print(f"WARNING: --{flag} does nothing without --{needed}", file=sys.stderr)
     if args.grad_checkpointing and args.freeze_clip and RANK == 0:
         print("WARNING: --grad_checkpointing does nothing with --freeze_clip", file=sys.stderr)
@@ -305,6 +309,7 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import textwrap
 import threading
 import warnings
@@ -317,11 +322,13 @@ import huggingface_hub
 import numpy as np
 import open_clip
 import pandas as pd
+import safetensors.torch
 import scipy.stats
 import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from open_clip import transform as clip_transform
 from open_clip.utils import to_2tuple
 from PIL import Image, ImageOps
@@ -462,13 +469,16 @@ class ImageError(ValueError):
 
 
 def load_image(path):
-    """Return the image as RGB, upright as its EXIF says, the first frame where it is animated.
+    """Return the image of a file, or an open one or an array, as RGB, upright as its EXIF says, the first frame where it is animated.
 
     16-bit greyscale is scaled to 8 bits (Pillow would clip it). Raises ImageError where the file
     is no readable image, or one so large or so narrow that it would fill the memory.
     """
     try:
-        with Image.open(path) as image:
+        if isinstance(path, np.ndarray):
+            path = Image.fromarray(path)
+        with (contextlib.nullcontext(path) if isinstance(path, Image.Image)  # which stays open
+              else Image.open(path)) as image:
             size = f"{image.width} x {image.height} pixels"
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow: at twice that only
                 raise ImageError(f"its {size} could be a decompression bomb")
@@ -493,16 +503,19 @@ BLOCKS = ("transformer.resblocks", "transformer.encoder.layer", "transformer.enc
           "trunk.layer1 trunk.layer2 trunk.layer3 trunk.layer4")
 
 
-def load_clip(args, seed):
+def load_clip(args, seed, content=None):
     """Build the CLIP with its weights; return (model in eval mode, tokenizer, identity).
 
     identity: what features and checkpoints depend on: model, hash of its weights, quick_gelu,
     preprocess. seed: of the random weights of --pretrained none. QuickGELU is what the tag was
     trained with (open_clip itself only warns), what --quick_gelu or the model's own config says.
+    content: of the checkpoint that needs this CLIP, wherever it lies now. The weights must be the
+    same, the rest of the identity is the checkpoint's; an exported one has the weights as well.
     """
     name, pretrained, tags = args.clip_model, args.pretrained, []
-    from_file, random = os.path.isfile(pretrained), pretrained == "none"
-    torch.manual_seed(seed)
+    known, own = (content or {}).get("identity", {}), (content or {}).get("clip")
+    from_file, random = os.path.isfile(pretrained) and not own, pretrained == "none" and not own
+    torch.default_generator.manual_seed(seed)  # a CLIP is built on the CPU
     try:
         with quiet_library():
             if not (from_file or random or name.startswith("local-dir:")):
@@ -512,19 +525,27 @@ def load_clip(args, seed):
                 near = difflib.get_close_matches(name, open_clip.list_models(), 3)
                 raise ValueError(f"no such model; near names: {', '.join(near) or 'none'}")
             tags = open_clip.list_pretrained_tags_by_model(name)
-            quick_gelu = bool(args.quick_gelu or config.get("quick_gelu") or (
-                open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu"))
+            quick_gelu = bool(args.quick_gelu or config.get("quick_gelu") or known.get(
+                "quick_gelu", (open_clip.get_pretrained_cfg(name, pretrained) or {}).get(
+                    "quick_gelu")))
+            place = not (from_file or random or own)  # which has the weights
             model = open_clip.create_model(
-                name, None if from_file or random else pretrained, pretrained_text=random,
-                load_weights=not (from_file or random), force_quick_gelu=quick_gelu,
-                require_pretrained=not (from_file or random), force_custom_text=True,
+                name, pretrained if place else None, pretrained_text=random, load_weights=place,
+                force_quick_gelu=quick_gelu, require_pretrained=place, force_custom_text=True,
                 force_preprocess_cfg={"resize_mode": args.resize_mode} if args.resize_mode else {},
                 **plain_attention(config))
-            if from_file:
+            if own:
+                model.load_state_dict(own)
+            elif from_file:
                 open_clip.load_checkpoint(model, pretrained)
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, hub, pickle, zip, safetensors: each in its own ways
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        if known:
+            raise UserError(f"{content['path']} needs the CLIP that it was trained from, but "
+                            f"--clip_model {name} --pretrained {pretrained} cannot be loaded "
+                            f"({reason}): say where its weights are now with --clip_model "
+                            f"local-dir:PATH, or --pretrained and their file.") from error
         raise UserError(f"--clip_model {name} --pretrained {pretrained} cannot be loaded "
                         f"({reason}). The model is a name that open_clip knows, or local-dir:PATH "
                         f"with open_clip_config.json and weights; --pretrained is none, a file of "
@@ -533,13 +554,17 @@ def load_clip(args, seed):
                         f"--demo.") from error
     if random:
         print(f"WARNING: {name} starts from RANDOM weights (--pretrained none)")
-    if from_file and not quick_gelu and OPENAI_NAME.search(pretrained):
+    if from_file and not (known or quick_gelu) and OPENAI_NAME.search(pretrained):
         print(f"WARNING: {pretrained} is named like an OpenAI release, which needs QuickGELU: add "
               f"--quick_gelu unless you know better")
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.reshape(-1).view(torch.uint8).numpy().data)
-    return model.eval(), tokenizer, {
+    if known and (known["weights"], known["quick_gelu"]) != (digest.hexdigest(), quick_gelu):
+        raise UserError(f"{content['path']} was trained from other CLIP weights than {name} "
+                        f"({pretrained}) has now: restore them, or say where they are with "
+                        f"--clip_model and --pretrained.")
+    return model.eval(), tokenizer, known or {
         "model": name, "pretrained": pretrained, "weights": digest.hexdigest(),
         "quick_gelu": quick_gelu, "embed_dim": config["embed_dim"],
         "preprocess": model.visual.preprocess_cfg}
@@ -1228,16 +1253,16 @@ def fit(run):
 # --- main flow ------------------------------------------------------------------------------
 
 
-def set_up(args, table, seed):
+def set_up(args, table, seed, content=None):
     """Build everything that one training run needs and print what will happen.
 
     seed: of split, heads, order; the CLIP's random weights (if any) follow args.seed, so that
-    repeats share one CLIP and its cache.
+    repeats share one CLIP and its cache. content: of the checkpoint that goes on, if any.
     """
     settle_precision(args)
     device = pick_device(args)
     parts = split_rows(table, args, seed)
-    clip, tokenizer, identity = load_clip(args, args.seed)
+    clip, tokenizer, identity = load_clip(args, args.seed, content)
     if WORLD > 1 and device.type == "cuda":  # statistics of the whole batch
         clip = timm.layers.convert_sync_batchnorm(clip)
     towers = make_towers(clip, tokenizer, args)
@@ -1276,7 +1301,7 @@ def set_up(args, table, seed):
 def train_one_run(args, table, seed, content=None):
     """Train one split, from a checkpoint's content if given; returns its row of results."""
     began = time.perf_counter()
-    run = set_up(args, table, seed)
+    run = set_up(args, table, seed, content)
     write_config(run)
     if content is not None:
         resume(run, content)
@@ -1327,7 +1352,7 @@ def run_command(args):
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # load_image refuses them
     try:
         with processes():
-            row = predict(args) if args.predict else train(args)
+            row = (predict if args.predict else export if args.export else train)(args)
             if row is not None:
                 print(json_text(row, indent=None))
     except UserError as error:
@@ -1423,6 +1448,16 @@ class Decoder:
             except ValueError as error:  # ImageError, or a side of 0 pixels after resizing
                 errors[int(row)] = str(error)
         return images, errors
+
+    def resize(self, images):
+        """Resize and crop (B, 3, H, W) images in [0, 1] by the same steps, differentiably."""
+        for step in self.steps:
+            if isinstance(step, clip_transform.ResizeKeepRatio):  # it asks a picture for its size
+                picture = argparse.Namespace(size=images.shape[:1:-1])
+                size = step.get_params(picture, step.size, step.longest)
+                step = torchvision.transforms.Resize(size, step.interpolation)
+            images = step(images)
+        return images.clamp(0, 1)
 
 
 def tokenize(tokenizer, texts, what):
@@ -1857,12 +1892,23 @@ def everywhere(outputs):
     return list(itertools.chain(*gather(mine)))
 
 
+def best_precision(device=None):
+    """Return what --precision auto stands for on a device, by default that of pick_device."""
+    cuda = device.type == "cuda" if device else torch.cuda.is_available()
+    return ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
+
+
+def take_over_precision(args, content, device=None):
+    """Score in the precision of training, where the command line names none; auto is auto again."""
+    if "precision" not in args.explicit:
+        auto = content["args"].get("auto_precision")
+        args.precision = best_precision(device) if auto else content["args"]["precision"]
+
+
 def settle_precision(args):
-    """Replace --precision auto by what the device does best."""
+    """Replace --precision auto by what the device does best; checkpoints keep that it was auto."""
     if args.precision == "auto":
-        cuda = torch.cuda.is_available()
-        real = cuda and torch.cuda.is_bf16_supported()
-        args.precision = "bf16" if real else "fp16" if cuda else "fp32"
+        args.precision, args.auto_precision = best_precision(), True
 
 
 def pick_device(args):
@@ -1885,6 +1931,7 @@ def pick_device(args):
 # --- checkpoints and resume -----------------------------------------------------------------
 
 FORMAT, FORMAT_VERSION = "baseline-aigiqa", 4
+NOT_EXPORTED = {"state", "clip", "optimizer", "scaler", "processes", "path"}
 LOG_COLUMNS = ["epoch", "train_loss", "train_loss_q", "train_loss_c", "train_loss_exp", "val_loss",
                *(f"{part}_{metric}_{target}" for part in ("train", "val") for metric in METRICS
                  for target in TARGETS), "best", "lr", "seconds"]
@@ -1893,7 +1940,8 @@ LOG_COLUMNS = ["epoch", "train_loss", "train_loss_q", "train_loss_c", "train_los
 FREE_FLAGS = {"output_dir", "log_csv", "resume_from", "num_workers", "pin_memory", "cache",
               "cache_dir", "cache_max_gb", "preset", "demo", "data_csv_path", "image_base_dir",
               "no_amp", "repeats", "compile", "no_plots", "tensorboard", "predict", "checkpoint",
-              "prompt", "predictions_csv", "min_quality", "min_consistency", "command", "explicit"}
+              "prompt", "predictions_csv", "min_quality", "min_consistency", "command", "explicit",
+              "export", "auto_precision"}
 
 
 @contextlib.contextmanager
@@ -1981,39 +2029,74 @@ def data_hash(table):
     return hashlib.sha256(data.encode()).hexdigest()
 
 
+def read_checkpoint(path):
+    """Return what torch.save wrote; raise ValueError where it is not whole."""
+    if not path.is_file():
+        raise ValueError("there is no file of that name")
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # torch itself does not look at the checksums
+            raise ValueError(f"it is damaged: the checksum of {damaged} in it is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_export(folder):
+    """Return what export wrote as the content of a checkpoint, and "clip": its first weights."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = (folder / "model.safetensors").read_bytes()
+    if content["sha256"] != hashlib.sha256(weights).hexdigest():
+        raise ValueError("it is damaged: the checksum of model.safetensors in it is wrong")
+    tensors = safetensors.torch.load(weights)
+    before = {key[7:]: tensors.pop(key) for key in list(tensors) if key.startswith("before.")}
+    state = {key: value for key, value in tensors.items()
+             if key in before or not key.startswith("clip.")}
+    clip = {key[5:]: before.get(key, value) for key, value in tensors.items()
+            if key.startswith("clip.")}
+    args = vars(parse_args([])) | content["args"] | {"clip_model": f"local-dir:{folder}"}
+    return content | {"args": args, "state": state, "clip": clip}
+
+
 def load_checkpoint(path):
-    """Return a checkpoint's content, tensors and plain values; raise UserError if it is none."""
-    path = Path(path)
+    """Return a checkpoint's content, tensors and plain values; raise UserError if it is none.
+
+    path: a file of a run, a folder of --export, or hf-hub:ORG/NAME where one has been uploaded.
+    """
+    name, path = str(path), Path(path)
     try:
-        if not path.is_file():
-            raise ValueError("there is no file of that name")
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch itself does not look at the checksums
-                raise ValueError(f"it is damaged: the checksum of {damaged} in it is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if name.startswith("hf-hub:"):
+            skip_unreachable_hub()
+            path = Path(huggingface_hub.snapshot_download(name.removeprefix("hf-hub:")))
+        content = read_export(path) if path.is_dir() else read_checkpoint(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError("it is a file of another program")
         if content["version"] != FORMAT_VERSION:
             raise ValueError(f"it has version {content['version']}, this baseline.py reads "
                              f"{FORMAT_VERSION}: use the one that wrote it, whose commit is in its "
                              f"config.json, or train again")
-        return content
+        return content | {"path": name}
     except Exception as error:  # zip, pickle and tensor errors all mean the same to a user
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         beside = [other for other in path.parent.glob("baseline_*.pt")
                   if not path.is_file() or not other.samefile(path)]
-        raise UserError(f"{path} cannot be used as a checkpoint of baseline.py ({reason}): give a "
-                        f"baseline_last.pt or baseline_best.pt"
+        raise UserError(f"{name} cannot be used as a checkpoint of baseline.py ({reason}): give a "
+                        f"baseline_last.pt, a baseline_best.pt or a folder of --export"
                         + (f", like {beside[0]}" if beside else "")) from error
 
 
 def take_over_settings(args, content):
     """Take every flag that the command line does not name from the checkpoint.
 
-    A named flag that contradicts it and would change the result is an error. With another number of
-    processes the images per update stay: other steps per update if that is enough, else batches.
+    A named flag that contradicts it and would change the result is an error; --clip_model and
+    --pretrained may say where the same weights lie now. With another number of processes the images
+    per update stay: other steps per update if that is enough, else batches.
     """
     saved, path = content["args"], args.resume_from
+    if "optimizer" not in content:
+        raise UserError(f"{path} cannot go on, as an exported scorer has no optimiser: give the "
+                        f"baseline_last.pt that it came from.")
+    if saved.get("auto_precision") and saved["precision"] != best_precision():
+        print(f"{path} was trained in {saved['precision']}, and goes on in {best_precision()}, "
+              f"which this machine does best: the result will differ slightly")
+        saved["precision"] = best_precision()
     window = content["processes"] * saved["batch_size"] * saved["grad_accum_steps"]
     if window % (saved["batch_size"] * WORLD) == 0:
         saved["grad_accum_steps"] = window // (saved["batch_size"] * WORLD)
@@ -2023,7 +2106,7 @@ def take_over_settings(args, content):
         raise UserError(f"A resumed run must keep the {window} images per update of {path}: use a "
                         f"number of processes that divides them.")
     clash = [f"--{key} {getattr(args, key)} (checkpoint: {saved[key]})"
-             for key in sorted(args.explicit - FREE_FLAGS)
+             for key in sorted(args.explicit - FREE_FLAGS - {"clip_model", "pretrained"})
              if key in saved and getattr(args, key) != saved[key]]
     if clash:
         raise UserError(f"A resumed run must keep the settings of {path}, but the command line "
@@ -2051,15 +2134,13 @@ def load_trained_state(scorer, state, path):
 def resume(run, content):
     """Bring a set-up run to where the checkpoint was; its tensors leave the content."""
     path = run.args.resume_from
-    if content["identity"]["weights"] != run.identity["weights"]:
-        raise UserError(f"{path} was trained from other CLIP weights than {run.identity['model']} "
-                        f"has now: give the same --clip_model and --pretrained.")
     if (content["split"], content["data"]) != (split_hash(run), data_hash(run.table)):
         raise UserError(f"{path} was trained on another split of the data, or other scores or "
                         f"prompts: resume with the same CSV.")
     load_trained_state(run.scorer, content.pop("state"), path)
     run.optimizer.load_state_dict(content.pop("optimizer"))
-    run.scaler.load_state_dict(content["scaler"])
+    if content["scaler"]:  # else it was trained in another precision
+        run.scaler.load_state_dict(content["scaler"])
     run.progress.update(content["progress"])
     best, kept = (Path(folder, "baseline_best.pt") for folder in (
         Path(path).parent, run.args.output_dir))
@@ -2089,12 +2170,13 @@ def skip_unreachable_hub():
 @contextlib.contextmanager
 def quiet_library():
     """Silence open_clip's own log lines and warnings in the block: ours say what matters."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 # --- results and records --------------------------------------------------------------------
@@ -2273,10 +2355,8 @@ def keep_records(run, preds, row):
 
 def add_scores(table, pred, scales):
     """Return the table with the columns of scores for people: clamped, on the MOS scale."""
-    names = {"quality": "q", "consistency": "c", "quality_base": "q_base",
-             "consistency_base": "c_base"}
-    return table.assign(**{name: (pred[key].to_numpy(float).clip(0, 1) * scales[key[0]]).round(4)
-                           for name, key in names.items()})
+    return table.assign(**{name: (pred[key].to_numpy(float).clip(0, 1) * scales[key[0]]).round(6)
+                           for name, key in SCORES.items()})
 
 
 def json_text(value, indent=1):
@@ -2606,6 +2686,8 @@ def write_tensorboard(run):
 
 # --- scoring --------------------------------------------------------------------------------
 
+SCORES = {"quality": "q", "consistency": "c", "quality_base": "q_base",
+          "consistency_base": "c_base"}
 SCORE_COLUMNS = ("quality", "consistency", "quality_base", "consistency_base", "error", "keep")
 
 
@@ -2649,54 +2731,229 @@ def scoring_frame(args, saved):
     return pd.DataFrame({"name": names, "prompt": prompts}), paths, prompts
 
 
-def load_scorer(args, content, device):
-    """Return (scorer, tokenizer, identity) of a checkpoint's content.
+class Scorer(nn.Module):
+    """Score images as a checkpoint has learned to: see load, score and forward.
 
-    scorer.before: the towers before training, which the base's cosine needs; what is frozen is
-    shared with those after it.
+    content: of load_checkpoint; args: of the command line, for what scoring depends on. before: the
+    CLIP before training, which the base's cosine needs; what is frozen is shared with the one
+    after it. Nothing here trains or leaves eval mode, unless asked to by requires_grad_.
     """
-    saved = argparse.Namespace(**content["args"])
-    clip, tokenizer, identity = load_clip(saved, saved.seed)
-    if identity["weights"] != content["identity"]["weights"]:
-        raise UserError(f"{args.checkpoint} was trained from other weights than "
-                        f"{saved.clip_model} ({saved.pretrained}) has now: restore them.")
-    original = clip if saved.freeze_clip else copy.deepcopy(clip)
-    scorer = CLIPScorer(clip, make_towers(clip, tokenizer, saved), identity, saved)
-    scorer.before = scorer.towers if saved.freeze_clip else make_towers(original, tokenizer, saved)
-    for module, twin in zip(clip.modules(), original.modules()):
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                setattr(twin, name, parameter)
-    original.to(device)
-    load_trained_state(scorer, content["state"], args.checkpoint)
-    return scorer.to(device).eval(), tokenizer, identity
+
+    def __init__(self, content, args, device):
+        super().__init__()
+        places = {k: getattr(args, k) for k in ("clip_model", "pretrained") if k in args.explicit}
+        saved = argparse.Namespace(**content["args"] | (places if "clip" not in content else {}))
+        clip, self.tokenizer, self.identity = load_clip(saved, saved.seed, content)
+        self.place = saved.clip_model
+        self.before = clip if saved.freeze_clip else copy.deepcopy(clip)
+        self.model = CLIPScorer(clip, make_towers(clip, self.tokenizer, saved), self.identity,
+                                saved)
+        self.towers = (self.model.towers, self.model.towers if saved.freeze_clip else
+                       make_towers(self.before, self.tokenizer, saved))
+        for module, twin in zip(clip.modules(), self.before.modules()):
+            for name, parameter in module.named_parameters(recurse=False):
+                if not parameter.requires_grad:
+                    setattr(twin, name, parameter)
+        load_trained_state(self.model, content["state"], content["path"])
+        self.args = argparse.Namespace(**vars(args) | {"cache": "off"})
+        self.targets = tuple(content.get("targets", TARGETS))
+        self.scales = content["scales"]
+        self.decode = Decoder([], self.identity["preprocess"])
+        self.requires_grad_(False).to(device).train()
+
+    def train(self, mode=True):
+        """Stay in eval mode: a program that trains beside it may say train to all that it has."""
+        return super().train(False)
+
+    @property
+    def device(self):
+        """The device that it computes on; `to` moves it."""
+        return self.model.pixel_mean.device
+
+    def texts(self, prompts, what):
+        """Return ((N,) index into the unique prompts, (U, D) embeddings of them by the trained CLIP
+        and by that before training, (U,) whether blank).
+        """
+        index, unique = pd.factorize(np.array(prompts, dtype=object))
+        texts = TextInputs(self.model.towers["text"], self.tokenizer, self.identity, self.args,
+                           self.device, what, list(unique))
+        t = texts.embed().to(self.device)
+        texts.tower = self.towers[1]["text"]
+        blank = torch.tensor([not text.strip() for text in unique], device=self.device)
+        return torch.from_numpy(index).to(self.device), t, texts.embed().to(self.device), blank
+
+    def outputs(self, images, index, t, t0, blank):
+        """Return PREDICTIONS of (B, 3, H, W) images, 0 to 255; NaN consistency without a prompt.
+
+        index: (B,) of their prompts; t, t0, blank: see texts.
+        """
+        with autocast(self.args, self.device):
+            x = self.model.towers["image"].prefix(self.model.pixels(images))
+            f, f0 = (towers["image"].suffix(x) for towers in self.towers)
+        with torch.autocast(self.device.type, enabled=False):
+            out = self.model.score(f, t[index], (f0 * t0[index]).sum(-1))
+        return {name: out[name].masked_fill(blank[index], math.nan) if name[0] == "c" else out[name]
+                for name in PREDICTIONS}
+
+    def forward(self, pixels, prompts=None):
+        """Return {"quality", "consistency", "quality_base", "consistency_base"}: (B,) tensors.
+
+        On the MOS scale, not clamped, differentiable with respect to pixels: (B, 3, H, W) in
+        [0, 1], resized as the CLIP's images are. prompts: one, one each, or None.
+        """
+        low, high = (float(edge) for edge in pixels.detach().aminmax())
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or not -0.01 <= low <= high <= 1.01:
+            raise UserError(f"A Scorer reads (B, 3, H, W) pixels in [0, 1], but these are "
+                            f"{tuple(pixels.shape)} from {low:g} to {high:g}: scale them, and give "
+                            f"files, pictures and arrays to its method score.")
+        index, *texts = self.texts(one_each(prompts, len(pixels)), "")
+        images = self.decode.resize(pixels.to(self.device, torch.float32)) * 255
+        out = self.outputs(images, index, *texts)
+        return {name: out[key] * self.scales[key[0]] for name, key in SCORES.items()
+                if key[0] in self.targets}
+
+    @torch.no_grad()
+    def scored(self, images, prompts, steps):
+        """Yield (DataFrame of PREDICTIONS, {row: why unreadable}) for each array of rows in steps.
+
+        On the [0, 1] scale, not clamped; NaN where unreadable, and consistency without a prompt.
+        """
+        index, *texts = self.texts(prompts, "prompts")
+        files = all(isinstance(image, (str, os.PathLike)) for image in images)
+        stream = ahead(Decoder(images, self.identity["preprocess"]), steps,
+                       self.args.num_workers * files)  # two threads may not read one open picture
+        for rows, (pixels, errors) in progress_bar(zip(steps, stream), "score", len(steps)):
+            out = self.outputs(pixels.to(self.device), index[rows], *texts)
+            pred = pd.DataFrame({key: out[key].cpu() for key in PREDICTIONS}, rows)
+            pred.loc[list(errors)] = np.nan
+            yield pred, errors
+
+    def batches(self, images, prompts, start=0):
+        """Yield (rows, pred, errors) of batches, in order from row start on: see scored.
+
+        The processes of torchrun share the work, and each gets all of it.
+        """
+        steps = list(deal(np.arange(start, len(images)), self.args.batch_size))
+        prompts = [""] * start + list(prompts[start:])
+        scored = self.scored(images, prompts, [rows for rows, _ in steps])
+        for (_, kept), (pred, errors) in zip(steps, scored):
+            preds, errors = zip(*gather((pred[kept > 0], errors)))
+            pred = pd.concat(preds).sort_index()
+            yield pred.index.to_numpy(), pred, {k: why for each in errors for k, why in each.items()}
+
+    def score(self, images, prompts=None):
+        """Return a DataFrame with a row per image: SCORES as --predict has them, and error.
+
+        images: paths, PIL images, uint8 arrays (H, W, 3), or one of them; prompts: as forward's.
+        """
+        one = isinstance(images, (str, os.PathLike, Image.Image)) or (
+            isinstance(images, np.ndarray) and images.ndim in (2, 3))
+        images = [images] if one else list(images)
+        if strange := [image for image in images if not isinstance(
+                image, (str, os.PathLike, Image.Image, np.ndarray))]:
+            raise UserError(f"score reads paths, PIL images and arrays, not a "
+                            f"{type(strange[0]).__name__}: call the Scorer itself for tensors.")
+        if not images:
+            return pd.DataFrame(columns=[*SCORES, "error"])
+        preds, errors = zip(*self.scored(images, one_each(prompts, len(images)), batches_of(
+            len(images), self.args.batch_size)))
+        pred, table = pd.concat(preds), pd.DataFrame(index=range(len(images)))
+        errors = {row: why for each in errors for row, why in each.items()}
+        return add_scores(table, pred, self.scales).assign(
+            error=[errors.get(row, "") for row in table.index])
 
 
-@torch.inference_mode()
-def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
-    """Score images with their prompts; returns (DataFrame of PREDICTIONS, {row: why unreadable}).
+def one_each(prompts, count):
+    """Return a prompt for each of `count` images: the one, those given, or "" where there is none."""
+    texts = [prompts] * count if prompts is None or isinstance(prompts, str) else list(prompts)
+    if len(texts) != count:
+        raise UserError(f"Each image needs a prompt, but {count} images have {len(texts)}: give one "
+                        f"prompt for all, one each, or None.")
+    return ["" if pd.isna(text) else str(text) for text in texts]
 
-    Rows of unreadable images, and consistency where there is no prompt, are NaN.
+
+def load(path, device=None, **flags):
+    """Return the Scorer of a checkpoint, a folder of --export, or hf-hub:ORG/NAME.
+
+    device: CUDA where there is one, else the CPU, if not given. flags: of the command line, like
+    batch_size, num_workers, precision, and clip_model and pretrained where the CLIP has moved.
     """
-    index, unique = pd.factorize(np.array(prompts, dtype=object))
-    texts = TextInputs(scorer.towers["text"], tokenizer, identity, args, device, "prompts",
-                       list(unique))
-    t, texts.tower = texts.embed().to(device), scorer.before["text"]
-    t0 = texts.embed().to(device)
-    mine, outputs, errors = batches_of(len(paths), args.batch_size)[RANK::WORLD], [], {}
-    stream = ahead(Decoder(paths, identity["preprocess"]), mine, args.num_workers)
-    for rows, (images, bad) in progress_bar(zip(mine, stream), "score", len(mine)):
-        with autocast(args, device):
-            x = scorer.towers["image"].prefix(scorer.pixels(images.to(device)))
-            f, f0 = (towers["image"].suffix(x) for towers in (scorer.towers, scorer.before))
-        scores = scorer.score(f, t[index[rows]], (f0 * t0[index[rows]]).sum(-1))
-        outputs.append((rows, torch.stack([scores[name] for name in PREDICTIONS])))
-        errors |= bad
-    pred = predictions(outputs).sort_index()
-    errors = dict(itertools.chain(*(bad.items() for bad in gather(errors))))
-    pred.loc[list(errors)] = np.nan
-    pred.loc[[not prompt.strip() for prompt in prompts], ["c", "c_base"]] = np.nan
-    return pred, errors
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    content = load_checkpoint(path)
+    args = argparse.Namespace(**vars(parse_args([])) | flags | {"explicit": set(flags)})
+    with torch.random.fork_rng([]):
+        take_over_precision(args, content, device)
+        return Scorer(content, args, device)
+
+
+CARD = """---
+license: other  # fill in; that of the CLIP and that of the data count
+tags: [image-quality-assessment]
+---
+# {name}
+
+Scores the {targets} of AI-generated images as people would, learned with baseline.py:
+`baseline.load(FOLDER)`, or `python baseline.py --predict IMAGES --checkpoint FOLDER`.
+
+- CLIP: {model} ({pretrained})
+- data: {csv}, {images}, label scales {scales}; split {split}, seed {seed}
+- command: `python baseline.py {command}`
+
+{scores}
+
+Licence: fill in.
+"""
+
+
+def export(args):
+    """Write --checkpoint as a folder that needs no other file (see read_export), or nothing."""
+    target, content = Path(args.export), load_checkpoint(args.checkpoint)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"--export needs a new or empty folder, but {target} is not: give another.")
+    scorer = Scorer(content, args, torch.device("cpu"))
+    tensors = scorer.model.state_dict()
+    tensors |= {f"before.{key}": value for key, value in scorer.before.state_dict(
+        prefix="clip.").items() if key in content["state"]}
+    weights = safetensors.torch.save({key: value.clone(memory_format=torch.contiguous_format)
+                                      for key, value in tensors.items()})
+    model = open_clip.get_model_config(scorer.place)
+    config = {key: content[key] for key in content.keys() - NOT_EXPORTED} | {
+        "args": {key: value for key, value in content["args"].items() if key not in FREE_FLAGS},
+        "sha256": hashlib.sha256(weights).hexdigest()}
+    files = {"config.json": json_text(config), "README.md": model_card(target, content, args),
+             "open_clip_config.json": json_text({
+                 "model_cfg": model | {"quick_gelu": scorer.identity["quick_gelu"]},
+                 "preprocess_cfg": scorer.identity["preprocess"]})}
+    with must_write(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(".half", f".{target.name}.", target.parent) as folder:
+            half = Path(folder, target.name)
+            half.mkdir()
+            (half / "model.safetensors").write_bytes(weights)
+            for name, text in files.items():
+                (half / name).write_text(text, encoding="utf-8")
+            if hasattr(scorer.tokenizer, "save_pretrained"):  # open_clip's own needs no file
+                scorer.tokenizer.save_pretrained(half)
+            os.replace(half, target)
+    print(f"{target} holds all that scoring needs: --checkpoint {target}, or baseline.load")
+
+
+def model_card(target, content, args):
+    """Return the text of an exported README.md, from the checkpoint and the records beside it."""
+    records, saved = [], content["args"]
+    for name in ("config.json", "result.json"):
+        path = Path(args.checkpoint).parent / name
+        records.append(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+    config, row = records
+    known = content["split"] == row.get("split"), row.get("best_epoch") == content["progress"]["epoch"]
+    scores = "Scores: none are on record for this epoch of this split."
+    if all(known):
+        row = {key: math.nan if value is None else value for key, value in row.items()}
+        lines = [row["part"], *score_table([row]).to_string().splitlines(), *verdict(row)]
+        scores = "\n".join(["```", *lines, "```"])
+    return CARD.format(
+        **content["identity"], **content, name=target.name, csv=Path(saved["data_csv_path"]).name,
+        images=config.get("images", ""), command=saved["command"], scores=scores)
 
 
 def predict(args):
@@ -2710,12 +2967,10 @@ def predict(args):
         named = {flag for flag in args.explicit if flag.endswith("_column")}
         saved = argparse.Namespace(**content["args"] | {k: getattr(args, k) for k in named})
         frame, paths, prompts = scoring_frame(args, saved)
-        if "precision" not in args.explicit:
-            args.precision = saved.precision
-        settle_precision(args)
-        args.cache, device = "off", pick_device(args)
-        scorer = load_scorer(args, content, device)
-        pred, errors = score_images(*scorer, paths, prompts, args, device)
+        take_over_precision(args, content)
+        scorer = Scorer(content, args, pick_device(args))
+        _, preds, errors = zip(*scorer.batches(paths, prompts))
+        pred, errors = pd.concat(preds), {k: why for each in errors for k, why in each.items()}
         for t, column in (("q", saved.quality_column), ("c", saved.consistency_column)):
             scores = frame[column] if column in frame else pd.Series(index=frame.index, dtype=float)
             mos = pd.to_numeric(scores, errors="coerce") / content["scales"][t]
