@@ -542,10 +542,9 @@ def load_clip(args, seed, content=None):
     except Exception as error:  # open_clip, hub, pickle, zip, safetensors: each in its own ways
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         if known:
-            raise UserError(f"{content['path']} needs the CLIP that it was trained from, but "
-                            f"--clip_model {name} --pretrained {pretrained} cannot be loaded "
-                            f"({reason}): say where its weights are now with --clip_model "
-                            f"local-dir:PATH, or --pretrained and their file.") from error
+            raise UserError(f"{content['path']} was trained from --clip_model {name} --pretrained "
+                            f"{pretrained}, which cannot be loaded ({reason}): say where it is "
+                            f"now with --clip_model local-dir:PATH (or --pretrained).") from error
         raise UserError(f"--clip_model {name} --pretrained {pretrained} cannot be loaded "
                         f"({reason}). The model is a name that open_clip knows, or local-dir:PATH "
                         f"with open_clip_config.json and weights; --pretrained is none, a file of "
@@ -1321,10 +1320,10 @@ def train_one_run(args, table, seed, content=None):
 
 def train(args):
     """Train as the arguments say; returns the row of results that is also printed as JSON."""
-    settle_precision(args)
     content = load_checkpoint(args.resume_from) if args.resume_from else None
     if content:
         take_over_settings(args, content)
+    settle_precision(args)
     table = load_table(args)
     if len(set(gather(fingerprint(args, table)))) > 1:
         raise UserError("All processes must see the same data with the same flags, but they do "
@@ -1892,23 +1891,13 @@ def everywhere(outputs):
     return list(itertools.chain(*gather(mine)))
 
 
-def best_precision(device=None):
-    """Return what --precision auto stands for on a device, by default that of pick_device."""
-    cuda = device.type == "cuda" if device else torch.cuda.is_available()
-    return ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
-
-
-def take_over_precision(args, content, device=None):
-    """Score in the precision of training, where the command line names none; auto is auto again."""
-    if "precision" not in args.explicit:
-        auto = content["args"].get("auto_precision")
-        args.precision = best_precision(device) if auto else content["args"]["precision"]
-
-
-def settle_precision(args):
-    """Replace --precision auto by what the device does best; checkpoints keep that it was auto."""
+def settle_precision(args, device=None):
+    """Replace --precision auto by what the device does best; a checkpoint keeps what was asked."""
+    args.asked_precision = getattr(args, "asked_precision", args.precision)
     if args.precision == "auto":
-        args.precision, args.auto_precision = best_precision(), True
+        cuda = device.type == "cuda" if device else torch.cuda.is_available()
+        real = cuda and torch.cuda.is_bf16_supported()
+        args.precision = "bf16" if real else "fp16" if cuda else "fp32"
 
 
 def pick_device(args):
@@ -1931,7 +1920,6 @@ def pick_device(args):
 # --- checkpoints and resume -----------------------------------------------------------------
 
 FORMAT, FORMAT_VERSION = "baseline-aigiqa", 4
-NOT_EXPORTED = {"state", "clip", "optimizer", "scaler", "processes", "path"}
 LOG_COLUMNS = ["epoch", "train_loss", "train_loss_q", "train_loss_c", "train_loss_exp", "val_loss",
                *(f"{part}_{metric}_{target}" for part in ("train", "val") for metric in METRICS
                  for target in TARGETS), "best", "lr", "seconds"]
@@ -1941,7 +1929,7 @@ FREE_FLAGS = {"output_dir", "log_csv", "resume_from", "num_workers", "pin_memory
               "cache_dir", "cache_max_gb", "preset", "demo", "data_csv_path", "image_base_dir",
               "no_amp", "repeats", "compile", "no_plots", "tensorboard", "predict", "checkpoint",
               "prompt", "predictions_csv", "min_quality", "min_consistency", "command", "explicit",
-              "export", "auto_precision"}
+              "export", "asked_precision"}
 
 
 @contextlib.contextmanager
@@ -1978,7 +1966,8 @@ def save_checkpoint(run, best):
     if RANK:
         return
     content = {"format": FORMAT, "version": FORMAT_VERSION, "seed": run.seed,
-               "args": {k: v for k, v in vars(run.args).items() if k != "explicit"},
+               "args": {k: v for k, v in vars(run.args).items() if k != "explicit"} | {
+                   "precision": run.args.asked_precision},  # another machine may do another best
                "identity": run.identity, "scales": run.table.scales, "split": split_hash(run),
                "data": data_hash(run.table),
                "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
@@ -2029,30 +2018,19 @@ def data_hash(table):
     return hashlib.sha256(data.encode()).hexdigest()
 
 
-def read_checkpoint(path):
-    """Return what torch.save wrote; raise ValueError where it is not whole."""
-    if not path.is_file():
-        raise ValueError("there is no file of that name")
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():  # torch itself does not look at the checksums
-            raise ValueError(f"it is damaged: the checksum of {damaged} in it is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def read_export(folder):
-    """Return what export wrote as the content of a checkpoint, and "clip": its first weights."""
+    """Return what export wrote as a checkpoint's content, and "clip": the CLIP before training."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = (folder / "model.safetensors").read_bytes()
-    if content["sha256"] != hashlib.sha256(weights).hexdigest():
-        raise ValueError("it is damaged: the checksum of model.safetensors in it is wrong")
+    if content.get("sha256") != hashlib.sha256(weights).hexdigest():
+        raise ValueError("the checksum of its model.safetensors is not that of its config.json")
     tensors = safetensors.torch.load(weights)
-    before = {key[7:]: tensors.pop(key) for key in list(tensors) if key.startswith("before.")}
-    state = {key: value for key, value in tensors.items()
-             if key in before or not key.startswith("clip.")}
-    clip = {key[5:]: before.get(key, value) for key, value in tensors.items()
-            if key.startswith("clip.")}
-    args = vars(parse_args([])) | content["args"] | {"clip_model": f"local-dir:{folder}"}
-    return content | {"args": args, "state": state, "clip": clip}
+    before = {key[7:]: tensors.pop(key) for key in [*tensors] if key.startswith("before.")}
+    clip = {key for key in tensors if key.startswith("clip.")}
+    return content | {
+        "args": vars(parse_args([])) | content["args"] | {"clip_model": f"local-dir:{folder}"},
+        "state": {key: tensors[key] for key in tensors.keys() - clip | before.keys()},
+        "clip": {key[5:]: before.get(key, tensors[key]) for key in clip}}
 
 
 def load_checkpoint(path):
@@ -2065,7 +2043,13 @@ def load_checkpoint(path):
         if name.startswith("hf-hub:"):
             skip_unreachable_hub()
             path = Path(huggingface_hub.snapshot_download(name.removeprefix("hf-hub:")))
-        content = read_export(path) if path.is_dir() else read_checkpoint(path)
+        if path.is_dir():
+            content = read_export(path)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch itself does not look at the checksums
+                    raise ValueError(f"it is damaged: the checksum of {damaged} in it is wrong")
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError("it is a file of another program")
         if content["version"] != FORMAT_VERSION:
@@ -2091,12 +2075,7 @@ def take_over_settings(args, content):
     """
     saved, path = content["args"], args.resume_from
     if "optimizer" not in content:
-        raise UserError(f"{path} cannot go on, as an exported scorer has no optimiser: give the "
-                        f"baseline_last.pt that it came from.")
-    if saved.get("auto_precision") and saved["precision"] != best_precision():
-        print(f"{path} was trained in {saved['precision']}, and goes on in {best_precision()}, "
-              f"which this machine does best: the result will differ slightly")
-        saved["precision"] = best_precision()
+        raise UserError(f"{path} has no optimiser to go on with: give a baseline_last.pt.")
     window = content["processes"] * saved["batch_size"] * saved["grad_accum_steps"]
     if window % (saved["batch_size"] * WORLD) == 0:
         saved["grad_accum_steps"] = window // (saved["batch_size"] * WORLD)
@@ -2732,176 +2711,153 @@ def scoring_frame(args, saved):
 
 
 class Scorer(nn.Module):
-    """Score images as a checkpoint has learned to: see load, score and forward.
+    """Score images as a checkpoint has learned to: files by `score`, tensors by a call.
 
-    content: of load_checkpoint; args: of the command line, for what scoring depends on. before: the
-    CLIP before training, which the base's cosine needs; what is frozen is shared with the one
-    after it. Nothing here trains or leaves eval mode, unless asked to by requires_grad_.
+    content: of load_checkpoint; args: of the command line. before: the CLIP before training, which
+    the base's cosine needs; what is frozen is shared with the one after it.
     """
 
     def __init__(self, content, args, device):
         super().__init__()
-        places = {k: getattr(args, k) for k in ("clip_model", "pretrained") if k in args.explicit}
-        saved = argparse.Namespace(**content["args"] | (places if "clip" not in content else {}))
+        moved = {k: getattr(args, k) for k in ("clip_model", "pretrained") if k in args.explicit}
+        saved = argparse.Namespace(**content["args"] | ({} if "clip" in content else moved))
         clip, self.tokenizer, self.identity = load_clip(saved, saved.seed, content)
-        self.place = saved.clip_model
         self.before = clip if saved.freeze_clip else copy.deepcopy(clip)
-        self.model = CLIPScorer(clip, make_towers(clip, self.tokenizer, saved), self.identity,
-                                saved)
-        self.towers = (self.model.towers, self.model.towers if saved.freeze_clip else
-                       make_towers(self.before, self.tokenizer, saved))
+        after = make_towers(clip, self.tokenizer, saved)
+        self.towers = after, (after if saved.freeze_clip else
+                              make_towers(self.before, self.tokenizer, saved))
+        self.model = CLIPScorer(clip, after, self.identity, saved)
         for module, twin in zip(clip.modules(), self.before.modules()):
             for name, parameter in module.named_parameters(recurse=False):
                 if not parameter.requires_grad:
                     setattr(twin, name, parameter)
         load_trained_state(self.model, content["state"], content["path"])
-        self.args = argparse.Namespace(**vars(args) | {"cache": "off"})
-        self.targets = tuple(content.get("targets", TARGETS))
-        self.scales = content["scales"]
-        self.decode = Decoder([], self.identity["preprocess"])
-        self.requires_grad_(False).to(device).train()
+        self.args, self.saved = argparse.Namespace(**vars(args) | {"cache": "off"}), saved
+        self.targets, self.scales = content.get("targets", TARGETS), content["scales"]
+        self.requires_grad_(False).to(device).eval()
 
     def train(self, mode=True):
-        """Stay in eval mode: a program that trains beside it may say train to all that it has."""
+        """Stay in eval mode, whatever a model that it is part of does."""
         return super().train(False)
 
-    @property
-    def device(self):
-        """The device that it computes on; `to` moves it."""
-        return self.model.pixel_mean.device
-
-    def texts(self, prompts, what):
-        """Return ((N,) index into the unique prompts, (U, D) embeddings of them by the trained CLIP
-        and by that before training, (U,) whether blank).
+    def texts(self, prompts, what=""):
+        """Return (index (N,) into U unique prompts, their (U, D) embeddings by the CLIP as it is
+        and as it was before training, whether they are blank (U,)).
         """
-        index, unique = pd.factorize(np.array(prompts, dtype=object))
-        texts = TextInputs(self.model.towers["text"], self.tokenizer, self.identity, self.args,
-                           self.device, what, list(unique))
-        t = texts.embed().to(self.device)
-        texts.tower = self.towers[1]["text"]
-        blank = torch.tensor([not text.strip() for text in unique], device=self.device)
-        return torch.from_numpy(index).to(self.device), t, texts.embed().to(self.device), blank
+        device, (index, unique) = self.model.pixel_mean.device, pd.factorize(
+            np.array(prompts, dtype=object))
+        texts = TextInputs(self.towers[0]["text"], self.tokenizer, self.identity, self.args, device,
+                           what, list(unique))
+        t, texts.tower = texts.embed().to(device), self.towers[1]["text"]
+        blank = torch.tensor([not text.strip() for text in unique], device=device)
+        return torch.from_numpy(index).to(device), t, texts.embed().to(device), blank
 
     def outputs(self, images, index, t, t0, blank):
-        """Return PREDICTIONS of (B, 3, H, W) images, 0 to 255; NaN consistency without a prompt.
-
-        index: (B,) of their prompts; t, t0, blank: see texts.
-        """
-        with autocast(self.args, self.device):
-            x = self.model.towers["image"].prefix(self.model.pixels(images))
+        """Return PREDICTIONS of (B, 3, H, W) images, 0 to 255, and their prompts: see texts."""
+        with autocast(self.args, t.device):
+            x = self.towers[0]["image"].prefix(self.model.pixels(images))
             f, f0 = (towers["image"].suffix(x) for towers in self.towers)
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(t.device.type, enabled=False):
             out = self.model.score(f, t[index], (f0 * t0[index]).sum(-1))
-        return {name: out[name].masked_fill(blank[index], math.nan) if name[0] == "c" else out[name]
+        return {name: out[name].masked_fill(blank[index] & (name[0] == "c"), math.nan)
                 for name in PREDICTIONS}
 
     def forward(self, pixels, prompts=None):
-        """Return {"quality", "consistency", "quality_base", "consistency_base"}: (B,) tensors.
+        """Return {"quality", "consistency", "quality_base", ..} of (B,) tensors on the MOS scale.
 
-        On the MOS scale, not clamped, differentiable with respect to pixels: (B, 3, H, W) in
-        [0, 1], resized as the CLIP's images are. prompts: one, one each, or None.
+        pixels: (B, 3, H, W) in [0, 1], of any size; the scores are not clamped and differentiable.
+        prompts: one, one each, or None. Consistency is NaN where there is none.
         """
         low, high = (float(edge) for edge in pixels.detach().aminmax())
         if pixels.ndim != 4 or pixels.shape[1] != 3 or not -0.01 <= low <= high <= 1.01:
-            raise UserError(f"A Scorer reads (B, 3, H, W) pixels in [0, 1], but these are "
-                            f"{tuple(pixels.shape)} from {low:g} to {high:g}: scale them, and give "
-                            f"files, pictures and arrays to its method score.")
-        index, *texts = self.texts(one_each(prompts, len(pixels)), "")
-        images = self.decode.resize(pixels.to(self.device, torch.float32)) * 255
+            raise UserError(f"A Scorer reads pixels (B, 3, H, W) from 0 to 1, but got "
+                            f"{tuple(pixels.shape)} from {low:g} to {high:g}: see its method score "
+                            f"for files, pictures and arrays.")
+        index, *texts = self.texts(one_each(prompts, len(pixels)))
+        images = Decoder([], self.identity["preprocess"]).resize(pixels.to(texts[0])) * 255
         out = self.outputs(images, index, *texts)
-        return {name: out[key] * self.scales[key[0]] for name, key in SCORES.items()
+        return {name: self.scales[key[0]] * out[key] for name, key in SCORES.items()
                 if key[0] in self.targets}
 
     @torch.no_grad()
     def scored(self, images, prompts, steps):
-        """Yield (DataFrame of PREDICTIONS, {row: why unreadable}) for each array of rows in steps.
+        """Yield a DataFrame for each of several arrays of rows: PREDICTIONS, and error.
 
-        On the [0, 1] scale, not clamped; NaN where unreadable, and consistency without a prompt.
+        On the [0, 1] scale; NaN where the image is unreadable, consistency without a prompt.
         """
         index, *texts = self.texts(prompts, "prompts")
         files = all(isinstance(image, (str, os.PathLike)) for image in images)
         stream = ahead(Decoder(images, self.identity["preprocess"]), steps,
-                       self.args.num_workers * files)  # two threads may not read one open picture
+                       self.args.num_workers * files)  # threads must not share an open picture
         for rows, (pixels, errors) in progress_bar(zip(steps, stream), "score", len(steps)):
-            out = self.outputs(pixels.to(self.device), index[rows], *texts)
-            pred = pd.DataFrame({key: out[key].cpu() for key in PREDICTIONS}, rows)
+            out = self.outputs(pixels.to(index.device), index[rows], *texts)
+            pred = pd.DataFrame({name: out[name].cpu() for name in PREDICTIONS}, rows)
             pred.loc[list(errors)] = np.nan
-            yield pred, errors
+            yield pred.assign(error=[errors.get(row, "") for row in rows])
 
     def batches(self, images, prompts, start=0):
-        """Yield (rows, pred, errors) of batches, in order from row start on: see scored.
+        """Yield (rows, DataFrame of PREDICTIONS, {row: why unreadable}) of all batches from a row.
 
-        The processes of torchrun share the work, and each gets all of it.
+        The processes of torchrun share each batch, and all of them get the whole.
         """
         steps = list(deal(np.arange(start, len(images)), self.args.batch_size))
-        prompts = [""] * start + list(prompts[start:])
-        scored = self.scored(images, prompts, [rows for rows, _ in steps])
-        for (_, kept), (pred, errors) in zip(steps, scored):
-            preds, errors = zip(*gather((pred[kept > 0], errors)))
-            pred = pd.concat(preds).sort_index()
-            yield pred.index.to_numpy(), pred, {k: why for each in errors for k, why in each.items()}
+        scored = self.scored(images, [""] * start + list(prompts[start:]), [r for r, _ in steps])
+        for (_, kept), pred in zip(steps, scored):
+            pred = pd.concat(gather(pred[kept > 0])).sort_index()
+            error = pred.pop("error")
+            yield pred.index.to_numpy(), pred, error[error != ""].to_dict()
 
     def score(self, images, prompts=None):
-        """Return a DataFrame with a row per image: SCORES as --predict has them, and error.
+        """Return a DataFrame of SCORES, as --predict has them, and error, a row per image.
 
-        images: paths, PIL images, uint8 arrays (H, W, 3), or one of them; prompts: as forward's.
+        images: paths, PIL images or uint8 arrays (H, W, 3), or one of these; prompts: see forward.
         """
         one = isinstance(images, (str, os.PathLike, Image.Image)) or (
             isinstance(images, np.ndarray) and images.ndim in (2, 3))
         images = [images] if one else list(images)
-        if strange := [image for image in images if not isinstance(
-                image, (str, os.PathLike, Image.Image, np.ndarray))]:
-            raise UserError(f"score reads paths, PIL images and arrays, not a "
-                            f"{type(strange[0]).__name__}: call the Scorer itself for tensors.")
         if not images:
             return pd.DataFrame(columns=[*SCORES, "error"])
-        preds, errors = zip(*self.scored(images, one_each(prompts, len(images)), batches_of(
+        pred = pd.concat(self.scored(images, one_each(prompts, len(images)), batches_of(
             len(images), self.args.batch_size)))
-        pred, table = pd.concat(preds), pd.DataFrame(index=range(len(images)))
-        errors = {row: why for each in errors for row, why in each.items()}
-        return add_scores(table, pred, self.scales).assign(
-            error=[errors.get(row, "") for row in table.index])
+        return add_scores(pred[[]], pred, self.scales).assign(error=pred["error"])
 
 
 def one_each(prompts, count):
-    """Return a prompt for each of `count` images: the one, those given, or "" where there is none."""
+    """Return `count` prompts: the one for all, those given, "" where there is none."""
     texts = [prompts] * count if prompts is None or isinstance(prompts, str) else list(prompts)
     if len(texts) != count:
-        raise UserError(f"Each image needs a prompt, but {count} images have {len(texts)}: give one "
-                        f"prompt for all, one each, or None.")
+        raise UserError(f"Prompts must be one, None, or one for each of the {count} images, but "
+                        f"there are {len(texts)}: correct their number.")
     return ["" if pd.isna(text) else str(text) for text in texts]
 
 
 def load(path, device=None, **flags):
-    """Return the Scorer of a checkpoint, a folder of --export, or hf-hub:ORG/NAME.
+    """Return the Scorer of a checkpoint, a folder of --export or hf-hub:ORG/NAME.
 
-    device: CUDA where there is one, else the CPU, if not given. flags: of the command line, like
-    batch_size, num_workers, precision, and clip_model and pretrained where the CLIP has moved.
+    device: CUDA where there is one, unless named. flags: those of the command line that scoring
+    heeds: batch_size, num_workers, precision, clip_model, pretrained.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    content = load_checkpoint(path)
-    args = argparse.Namespace(**vars(parse_args([])) | flags | {"explicit": set(flags)})
+    args, content = parse_args([f"--{k}={v}" for k, v in flags.items()]), load_checkpoint(path)
+    args.precision = flags.get("precision", content["args"]["precision"])
+    settle_precision(args, device)
     with torch.random.fork_rng([]):
-        take_over_precision(args, content, device)
         return Scorer(content, args, device)
 
 
 CARD = """---
-license: other  # fill in; that of the CLIP and that of the data count
-tags: [image-quality-assessment]
+license: other  # fill in; that of the CLIP and that of the data count as well
 ---
 # {name}
 
-Scores the {targets} of AI-generated images as people would, learned with baseline.py:
-`baseline.load(FOLDER)`, or `python baseline.py --predict IMAGES --checkpoint FOLDER`.
+Scores AI-generated images: `python baseline.py --predict IMAGES --checkpoint FOLDER`, or
+`baseline.load(FOLDER).score(images, prompts)`. Licence: FILL IN.
 
 - CLIP: {model} ({pretrained})
-- data: {csv}, {images}, label scales {scales}; split {split}, seed {seed}
-- command: `python baseline.py {command}`
+- data: {csv}, label scales {scales}; split {split}, seed {seed}: {images}
+- trained by `python baseline.py {command}`
 
 {scores}
-
-Licence: fill in.
 """
 
 
@@ -2909,51 +2865,49 @@ def export(args):
     """Write --checkpoint as a folder that needs no other file (see read_export), or nothing."""
     target, content = Path(args.export), load_checkpoint(args.checkpoint)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--export needs a new or empty folder, but {target} is not: give another.")
+        raise UserError(f"--export needs a new or empty folder, but {target} is none: name another.")
     scorer = Scorer(content, args, torch.device("cpu"))
-    tensors = scorer.model.state_dict()
-    tensors |= {f"before.{key}": value for key, value in scorer.before.state_dict(
-        prefix="clip.").items() if key in content["state"]}
+    first = scorer.before.state_dict(prefix="clip.")
+    tensors = scorer.model.state_dict() | {
+        f"before.{key}": first[key] for key in first if key in content["state"]}
     weights = safetensors.torch.save({key: value.clone(memory_format=torch.contiguous_format)
                                       for key, value in tensors.items()})
-    model = open_clip.get_model_config(scorer.place)
-    config = {key: content[key] for key in content.keys() - NOT_EXPORTED} | {
-        "args": {key: value for key, value in content["args"].items() if key not in FREE_FLAGS},
-        "sha256": hashlib.sha256(weights).hexdigest()}
-    files = {"config.json": json_text(config), "README.md": model_card(target, content, args),
+    plain = content.keys() - {"state", "clip", "optimizer", "scaler", "path"}
+    model = open_clip.get_model_config(scorer.saved.clip_model)
+    files = {"README.md": model_card(target.name, content, Path(args.checkpoint).parent),
+             "config.json": json_text({key: content[key] for key in sorted(plain)} | {
+                 "args": {k: v for k, v in content["args"].items() if k not in FREE_FLAGS},
+                 "sha256": hashlib.sha256(weights).hexdigest()}),
              "open_clip_config.json": json_text({
                  "model_cfg": model | {"quick_gelu": scorer.identity["quick_gelu"]},
                  "preprocess_cfg": scorer.identity["preprocess"]})}
-    with must_write(target):
+    with must_write(target), contextlib.ExitStack() as at_the_end:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(".half", f".{target.name}.", target.parent) as folder:
-            half = Path(folder, target.name)
-            half.mkdir()
-            (half / "model.safetensors").write_bytes(weights)
-            for name, text in files.items():
-                (half / name).write_text(text, encoding="utf-8")
-            if hasattr(scorer.tokenizer, "save_pretrained"):  # open_clip's own needs no file
-                scorer.tokenizer.save_pretrained(half)
-            os.replace(half, target)
-    print(f"{target} holds all that scoring needs: --checkpoint {target}, or baseline.load")
+        half = Path(at_the_end.enter_context(tempfile.TemporaryDirectory(
+            prefix=f".{target.name}.", dir=target.parent)), target.name)
+        half.mkdir()
+        (half / "model.safetensors").write_bytes(weights)
+        for name, text in files.items():
+            (half / name).write_text(text, encoding="utf-8")
+        if hasattr(scorer.tokenizer, "save_pretrained"):  # open_clip's own needs no files
+            scorer.tokenizer.save_pretrained(half)
+        os.replace(half, target)
+    print(f"{target} holds all that scoring needs: give it as --checkpoint or to baseline.load")
 
 
-def model_card(target, content, args):
-    """Return the text of an exported README.md, from the checkpoint and the records beside it."""
-    records, saved = [], content["args"]
-    for name in ("config.json", "result.json"):
-        path = Path(args.checkpoint).parent / name
-        records.append(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
-    config, row = records
-    known = content["split"] == row.get("split"), row.get("best_epoch") == content["progress"]["epoch"]
-    scores = "Scores: none are on record for this epoch of this split."
-    if all(known):
+def model_card(name, content, folder):
+    """Return an exported folder's README.md; folder: where the run's own records are, if known."""
+    config, row = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+                   for path in (folder / "config.json", folder / "result.json"))
+    scores = "No scores of this split and epoch lay beside the checkpoint."
+    if (row.get("split"), row.get("best_epoch")) == (content["split"],
+                                                     content["progress"]["epoch"]):
         row = {key: math.nan if value is None else value for key, value in row.items()}
-        lines = [row["part"], *score_table([row]).to_string().splitlines(), *verdict(row)]
+        lines = [f"{row['part']} part", score_table([row]).to_string(), *verdict(row)]
         scores = "\n".join(["```", *lines, "```"])
-    return CARD.format(
-        **content["identity"], **content, name=target.name, csv=Path(saved["data_csv_path"]).name,
-        images=config.get("images", ""), command=saved["command"], scores=scores)
+    return CARD.format(**content | content["args"] | content["identity"] | {
+        "name": name, "csv": content["args"]["data_csv_path"], "scores": scores,
+        "images": config.get("images", "") if config.get("split") == content["split"] else ""})
 
 
 def predict(args):
@@ -2967,7 +2921,9 @@ def predict(args):
         named = {flag for flag in args.explicit if flag.endswith("_column")}
         saved = argparse.Namespace(**content["args"] | {k: getattr(args, k) for k in named})
         frame, paths, prompts = scoring_frame(args, saved)
-        take_over_precision(args, content)
+        if "precision" not in args.explicit:
+            args.precision = saved.precision
+        settle_precision(args)
         scorer = Scorer(content, args, pick_device(args))
         _, preds, errors = zip(*scorer.batches(paths, prompts))
         pred, errors = pd.concat(preds), {k: why for each in errors for k, why in each.items()}
