@@ -69,7 +69,8 @@ DEMO = dict(data_csv_path=str(HERE / "data/demo/data.csv"),
 DEPENDENT_FLAGS = {"freeze_layers": "partial_freeze", "refinement_layers": "use_refinement",
                    "refinement_heads": "use_refinement", "refinement_dim": "use_refinement",
                    "w_exp": "use_explanations", "explanation_column": "use_explanations",
-                   "checkpoint": "predict or --export", "prompt": "predict", "predictions_csv": "predict",
+                   "checkpoint": "predict or --export", "prompt": "predict",
+                   "predictions_csv": "predict",
                    "min_quality": "predict", "min_consistency": "predict"}
 
 
@@ -469,8 +470,9 @@ class ImageError(ValueError):
 
 
 def load_image(path):
-    """Return the image of a file, or an open one or an array, as RGB, upright as its EXIF says, the first frame where it is animated.
+    """Return the image as RGB, upright as its EXIF says, the first frame where it is animated.
 
+    path: of the file, or an open PIL image or array.
     16-bit greyscale is scaled to 8 bits (Pillow would clip it). Raises ImageError where the file
     is no readable image, or one so large or so narrow that it would fill the memory.
     """
@@ -2045,6 +2047,8 @@ def load_checkpoint(path):
             path = Path(huggingface_hub.snapshot_download(name.removeprefix("hf-hub:")))
         if path.is_dir():
             content = read_export(path)
+        elif not path.is_file():
+            raise ValueError("there is no file of that name")
         else:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch itself does not look at the checksums
@@ -2865,7 +2869,7 @@ def export(args):
     """Write --checkpoint as a folder that needs no other file (see read_export), or nothing."""
     target, content = Path(args.export), load_checkpoint(args.checkpoint)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--export needs a new or empty folder, but {target} is none: name another.")
+        raise UserError(f"--export needs a new or empty folder, but {target} is none.")
     scorer = Scorer(content, args, torch.device("cpu"))
     first = scorer.before.state_dict(prefix="clip.")
     tensors = scorer.model.state_dict() | {
