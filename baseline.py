@@ -2910,7 +2910,7 @@ def model_card(name, content, folder):
         lines = [f"{row['part']} part", score_table([row]).to_string(), *verdict(row)]
         scores = "\n".join(["```", *lines, "```"])
     return CARD.format(**content | content["args"] | content["identity"] | {
-        "name": name, "csv": content["args"]["data_csv_path"], "scores": scores,
+        "name": name, "scores": scores, "csv": Path(content["args"]["data_csv_path"]).name,
         "images": config.get("images", "") if config.get("split") == content["split"] else ""})
 
 
