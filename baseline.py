@@ -527,9 +527,8 @@ def load_clip(args, seed, content=None):
                 near = difflib.get_close_matches(name, open_clip.list_models(), 3)
                 raise ValueError(f"no such model; near names: {', '.join(near) or 'none'}")
             tags = open_clip.list_pretrained_tags_by_model(name)
-            quick_gelu = bool(args.quick_gelu or config.get("quick_gelu") or known.get(
-                "quick_gelu", (open_clip.get_pretrained_cfg(name, pretrained) or {}).get(
-                    "quick_gelu")))
+            tag = known or open_clip.get_pretrained_cfg(name, pretrained) or {}
+            quick_gelu = bool(args.quick_gelu or config.get("quick_gelu") or tag.get("quick_gelu"))
             place = not (from_file or random or own)  # which has the weights
             model = open_clip.create_model(
                 name, pretrained if place else None, pretrained_text=random, load_weights=place,
@@ -543,16 +542,14 @@ def load_clip(args, seed, content=None):
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, hub, pickle, zip, safetensors: each in its own ways
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        if known:
-            raise UserError(f"{content['path']} was trained from --clip_model {name} --pretrained "
-                            f"{pretrained}, which cannot be loaded ({reason}): say where it is "
-                            f"now with --clip_model local-dir:PATH (or --pretrained).") from error
+        moved = (f" {content['path']} was trained from it: give its new place with --clip_model."
+                 if known else "")
         raise UserError(f"--clip_model {name} --pretrained {pretrained} cannot be loaded "
-                        f"({reason}). The model is a name that open_clip knows, or local-dir:PATH "
-                        f"with open_clip_config.json and weights; --pretrained is none, a file of "
-                        f"its state dict (and --quick_gelu for an OpenAI release), or a tag "
-                        f"({', '.join(tags) or 'it has none'}), which is downloaded once; or try "
-                        f"--demo.") from error
+                        f"({reason}).{moved} The model is a name that open_clip knows, or "
+                        f"local-dir:PATH with open_clip_config.json and weights; --pretrained is "
+                        f"none, a file of its state dict (and --quick_gelu for an OpenAI release), "
+                        f"or a tag ({', '.join(tags) or 'it has none'}), which is downloaded once; "
+                        f"or try --demo.") from error
     if random:
         print(f"WARNING: {name} starts from RANDOM weights (--pretrained none)")
     if from_file and not (known or quick_gelu) and OPENAI_NAME.search(pretrained):
@@ -562,9 +559,8 @@ def load_clip(args, seed, content=None):
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.reshape(-1).view(torch.uint8).numpy().data)
     if known and (known["weights"], known["quick_gelu"]) != (digest.hexdigest(), quick_gelu):
-        raise UserError(f"{content['path']} was trained from other CLIP weights than {name} "
-                        f"({pretrained}) has now: restore them, or say where they are with "
-                        f"--clip_model and --pretrained.")
+        raise UserError(f"{content['path']} was trained from other weights than {name} "
+                        f"({pretrained}) has now: say where they are with --clip_model.")
     return model.eval(), tokenizer, known or {
         "model": name, "pretrained": pretrained, "weights": digest.hexdigest(),
         "quick_gelu": quick_gelu, "embed_dim": config["embed_dim"],
@@ -2030,7 +2026,7 @@ def read_export(folder):
     before = {key[7:]: tensors.pop(key) for key in [*tensors] if key.startswith("before.")}
     clip = {key for key in tensors if key.startswith("clip.")}
     return content | {
-        "args": vars(parse_args([])) | content["args"] | {"clip_model": f"local-dir:{folder}"},
+        "args": content["args"] | {"clip_model": f"local-dir:{folder}"},
         "state": {key: tensors[key] for key in tensors.keys() - clip | before.keys()},
         "clip": {key[5:]: before.get(key, tensors[key]) for key in clip}}
 
@@ -2745,11 +2741,11 @@ class Scorer(nn.Module):
         return super().train(False)
 
     def texts(self, prompts, what=""):
-        """Return (index (N,) into U unique prompts, their (U, D) embeddings by the CLIP as it is
-        and as it was before training, whether they are blank (U,)).
+        """Return (N,) index into U unique prompts, (U, D) embeddings by the towers, (U, D) by those
+        before training, and (U,) which are blank.
         """
-        device, (index, unique) = self.model.pixel_mean.device, pd.factorize(
-            np.array(prompts, dtype=object))
+        device = self.model.pixel_mean.device
+        index, unique = pd.factorize(np.array(prompts, dtype=object))
         texts = TextInputs(self.towers[0]["text"], self.tokenizer, self.identity, self.args, device,
                            what, list(unique))
         t, texts.tower = texts.embed().to(device), self.towers[1]["text"]
@@ -2867,6 +2863,8 @@ Scores AI-generated images: `python baseline.py --predict IMAGES --checkpoint FO
 
 def export(args):
     """Write --checkpoint as a folder that needs no other file (see read_export), or nothing."""
+    if RANK:
+        return
     target, content = Path(args.export), load_checkpoint(args.checkpoint)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--export needs a new or empty folder, but {target} is none.")
@@ -2880,22 +2878,21 @@ def export(args):
     model = open_clip.get_model_config(scorer.saved.clip_model)
     files = {"README.md": model_card(target.name, content, Path(args.checkpoint).parent),
              "config.json": json_text({key: content[key] for key in sorted(plain)} | {
-                 "args": {k: v for k, v in content["args"].items() if k not in FREE_FLAGS},
                  "sha256": hashlib.sha256(weights).hexdigest()}),
              "open_clip_config.json": json_text({
                  "model_cfg": model | {"quick_gelu": scorer.identity["quick_gelu"]},
                  "preprocess_cfg": scorer.identity["preprocess"]})}
-    with must_write(target), contextlib.ExitStack() as at_the_end:
+    with must_write(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        half = Path(at_the_end.enter_context(tempfile.TemporaryDirectory(
-            prefix=f".{target.name}.", dir=target.parent)), target.name)
-        half.mkdir()
-        (half / "model.safetensors").write_bytes(weights)
-        for name, text in files.items():
-            (half / name).write_text(text, encoding="utf-8")
-        if hasattr(scorer.tokenizer, "save_pretrained"):  # open_clip's own needs no files
-            scorer.tokenizer.save_pretrained(half)
-        os.replace(half, target)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            half = Path(folder, target.name)
+            half.mkdir()
+            (half / "model.safetensors").write_bytes(weights)
+            for name, text in files.items():
+                (half / name).write_text(text, encoding="utf-8")
+            if hasattr(scorer.tokenizer, "save_pretrained"):  # open_clip's own needs no files
+                scorer.tokenizer.save_pretrained(half)
+            os.replace(half, target)
     print(f"{target} holds all that scoring needs: give it as --checkpoint or to baseline.load")
 
 
