@@ -159,7 +159,8 @@ def build_parser():
         help="training views; crop: crops of 90-100 %% of the area, and flips")
 
     add = parser.add_argument_group("CLIP and freezing").add_argument
-    add("--clip_model", default="ViT-L-14", help="open_clip name, local-dir:PATH, hf-hub:ORG/NAME")
+    add("--clip_model", default="ViT-L-14",
+        help="open_clip name, local-dir:PATH, hf-hub:ORG/NAME; with a checkpoint: its CLIP's place")
     add("--pretrained", default="openai",
         help="open_clip tag, weights file, or none (random weights); local-dir: has its own")
     add("--quick_gelu", **on, help="the weights file is of QuickGELU (every OpenAI release)")
