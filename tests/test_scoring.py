@@ -120,11 +120,11 @@ def test_a_checkpoint_alone_scores_as_training_did(score, trained, data, heads, 
 @pytest.mark.parametrize("heads", ["frozen", "partial", "full"])
 def test_both_states_of_the_towers_share_what_is_frozen(score, trained, data, monkeypatch, heads):
     """The towers before and after training differ in what was trained, and only that is twice."""
+    state = load(trained(heads), "baseline_best.pt")["state"]
     made, make_towers = [], baseline.make_towers
     monkeypatch.setattr(baseline, "make_towers", lambda *args: made.append(make_towers(*args))
                         or made[-1])
     assert score(data.csv, heads=heads).status == 0
-    state = load(trained(heads), "baseline_best.pt")["state"]
     assert len(made) == 1 if heads == "frozen" else len(made) == 2
     for name in ("image", "text"):
         after, before = (dict(towers[name].encoder.named_parameters()) for towers in
