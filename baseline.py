@@ -76,7 +76,8 @@ DEMO = dict(data_csv_path=str(HERE / "data/demo/data.csv"),
 DEPENDENT_FLAGS = {"freeze_layers": "partial_freeze", "refinement_layers": "use_refinement",
                    "refinement_heads": "use_refinement", "refinement_dim": "use_refinement",
                    "w_exp": "use_explanations", "explanation_column": "use_explanations",
-                   "checkpoint": "predict", "prompt": "predict", "predictions_csv": "predict",
+                   "checkpoint": "predict or --export", "prompt": "predict",
+                   "predictions_csv": "predict",
                    "min_quality": "predict", "min_consistency": "predict"}
 
 
@@ -167,7 +168,8 @@ def build_parser():
         help="training views; crop: crops of 90-100 %% of the area, and flips")
 
     add = parser.add_argument_group("CLIP and freezing").add_argument
-    add("--clip_model", default="ViT-L-14", help="open_clip name, local-dir:PATH, hf-hub:ORG/NAME")
+    add("--clip_model", default="ViT-L-14",
+        help="open_clip name, local-dir:PATH, hf-hub:ORG/NAME; with a checkpoint: its CLIP's place")
     add("--pretrained", default="openai",
         help="open_clip tag, weights file, or none (random weights); local-dir: has its own")
     add("--quick_gelu", **on, help="the weights file is of QuickGELU (every OpenAI release)")
@@ -239,7 +241,9 @@ def build_parser():
 
     add = parser.add_argument_group("scoring").add_argument
     add("--predict", metavar="TARGET", help="score a CSV, a folder of images or one image")
-    add("--checkpoint", default="outputs/baseline_best.pt", help="what --predict scores with")
+    add("--checkpoint", default="outputs/baseline_best.pt",
+        help="what --predict scores with: a file, a folder of --export or hf-hub:ORG/NAME")
+    add("--export", metavar="DIR", help="write --checkpoint as a folder that needs no other file")
     add("--prompt", help="of every image of --predict; a .txt file beside a folder's image wins")
     add("--predictions_csv", default="predictions.csv", help="of --predict; - for standard output")
     add("--min_quality", type=number(-1e6),
@@ -285,12 +289,14 @@ def parse_args(argv=None):
              "--repeats continues by itself when the command is restarted: drop --resume_from"),
             (Path(args.log_csv).name != args.log_csv,
              f"--log_csv {args.log_csv} must be a file name: it lies in --output_dir"),
+            (args.predict and args.export,
+             "--predict and --export are two commands: give one of them"),
             (args.no_amp and given.get("precision", "fp32") != "fp32",
              f"--no_amp means --precision fp32, not {args.precision}: drop one of them")):
         if wrong:
             parser.error(message)
     for flag, needed in DEPENDENT_FLAGS.items():
-        if flag in given and not getattr(args, needed) and RANK == 0:
+        if flag in given and not any(map(vars(args).get, needed.split(" or --"))) and RANK == 0:
             print(f"WARNING: --{flag} does nothing without --{needed}", file=sys.stderr)
     if args.grad_checkpointing and args.freeze_clip and RANK == 0:
         print("WARNING: --grad_checkpointing does nothing with --freeze_clip", file=sys.stderr)
@@ -321,6 +327,7 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import textwrap
 import threading
 import urllib.request
@@ -335,11 +342,13 @@ import huggingface_hub
 import numpy as np
 import open_clip
 import pandas as pd
+import safetensors.torch
 import scipy.stats
 import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from open_clip import transform as clip_transform
 from open_clip.utils import to_2tuple
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -679,18 +688,22 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28  # Pill
 def load_image(path):
     """Return the image as as_rgb does, the first frame where it is animated.
 
-    Raises ImageError where the file is no readable image, or one so large or so narrow that it
-    would fill the memory.
+    path: of the file, or an open PIL image or array. Raises ImageError where it is no readable
+    image, or one so large or so narrow that it would fill the memory.
     """
     try:
-        with Image.open(path) as image:
+        if isinstance(path, np.ndarray):
+            path = Image.fromarray(path)
+        with (contextlib.nullcontext(path) if isinstance(path, Image.Image)  # which stays open
+              else Image.open(path)) as image:
             size = f"{image.width} x {image.height} pixels"
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow: at twice that only
                 raise ImageError(f"its {size} could be a decompression bomb")
             if max(image.size) > MOST_NARROW * min(image.size):  # its resized long side blows up
                 raise ImageError(f"it has {size}, and the longer side may be {MOST_NARROW} times "
                                  f"the shorter at most")
-            data = Path(path).read_bytes() if image.format in ("JPEG", "MPO") else None
+            data = (Path(path).read_bytes() if image is not path
+                    and image.format in ("JPEG", "MPO") else None)
             ends = data is None or b"\xff\xd9" in data[image.fp.tell():]
             return as_rgb(image if ends else without_end(data))
     except UnidentifiedImageError as error:
@@ -760,16 +773,19 @@ NUMBERS = [np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.
            np.dtype, *{type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"}]
 
 
-def load_clip(args, seed):
+def load_clip(args, seed, content=None):
     """Build the CLIP with its weights; return (model in eval mode, tokenizer, identity).
 
     identity: what features and checkpoints depend on: model, hash of its weights, quick_gelu,
     preprocess. seed: of the random weights of --pretrained none. QuickGELU is what the tag was
     trained with (open_clip itself only warns), what --quick_gelu or the model's own config says.
+    content: of the checkpoint that needs this CLIP, wherever it lies now. The weights must be the
+    same, the rest of the identity is the checkpoint's; an exported one has the weights as well.
     """
     name, pretrained, tags = args.clip_model, args.pretrained, []
-    from_file, random = os.path.isfile(pretrained), pretrained == "none"
-    torch.manual_seed(seed)
+    known, own = (content or {}).get("identity", {}), (content or {}).get("clip")
+    from_file, random = os.path.isfile(pretrained) and not own, pretrained == "none" and not own
+    torch.default_generator.manual_seed(seed)  # a CLIP is built on the CPU
     try:
         with quiet_library(), torch.serialization.safe_globals(NUMBERS):
             if not (from_file or random or name.startswith("local-dir:")):
@@ -780,15 +796,17 @@ def load_clip(args, seed):
                 raise ValueError(f"no such model; near names: {', '.join(near) or 'none'}")
             tags = open_clip.list_pretrained_tags_by_model(name)
             tokenizer = open_clip.get_tokenizer(name)  # first: it may lack a package
-            quick_gelu = bool(args.quick_gelu or config.get("quick_gelu") or (
-                open_clip.get_pretrained_cfg(name, pretrained) or {}).get("quick_gelu"))
+            tag = known or open_clip.get_pretrained_cfg(name, pretrained) or {}
+            quick_gelu = bool(args.quick_gelu or config.get("quick_gelu") or tag.get("quick_gelu"))
+            place = not (from_file or random or own)  # which has the weights
             model = open_clip.create_model(
-                name, None if from_file or random else pretrained, pretrained_text=random,
-                load_weights=not (from_file or random), force_quick_gelu=quick_gelu,
-                require_pretrained=not (from_file or random), force_custom_text=True,
+                name, pretrained if place else None, pretrained_text=random, load_weights=place,
+                force_quick_gelu=quick_gelu, require_pretrained=place, force_custom_text=True,
                 force_preprocess_cfg={"resize_mode": args.resize_mode} if args.resize_mode else {},
                 **plain_attention(config))
-            if from_file:
+            if own:
+                model.load_state_dict(own)
+            elif from_file:
                 open_clip.load_checkpoint(model, pretrained)
     except Exception as error:  # open_clip, hub, pickle, zip, safetensors: each in its own ways
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
@@ -796,21 +814,26 @@ def load_clip(args, seed):
             reason += f": pip install {error.name}"
         if "TorchScript" in reason:
             reason = "it is TorchScript, as OpenAI's files are: give --pretrained openai"
+        moved = (f" {content['path']} was trained from it: give its new place with --clip_model."
+                 if known else "")
         raise UserError(f"--clip_model {name} --pretrained {pretrained} cannot be loaded "
-                        f"({reason}). The model is a name that open_clip knows, or local-dir:PATH "
-                        f"with open_clip_config.json and weights; --pretrained is none, a file of "
-                        f"its state dict (and --quick_gelu for an OpenAI release), or a tag "
-                        f"({', '.join(tags) or 'it has none'}), which is downloaded once; or try "
-                        f"--demo.") from error
+                        f"({reason}).{moved} The model is a name that open_clip knows, or "
+                        f"local-dir:PATH with open_clip_config.json and weights; --pretrained is "
+                        f"none, a file of its state dict (and --quick_gelu for an OpenAI release), "
+                        f"or a tag ({', '.join(tags) or 'it has none'}), which is downloaded once; "
+                        f"or try --demo.") from error
     if random:
         print(f"WARNING: {name} starts from RANDOM weights (--pretrained none)")
-    if from_file and not quick_gelu and OPENAI_NAME.search(pretrained):
+    if from_file and not (known or quick_gelu) and OPENAI_NAME.search(pretrained):
         print(f"WARNING: {pretrained} is named like an OpenAI release, which needs QuickGELU: add "
               f"--quick_gelu unless you know better")
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(key.encode() + value.reshape(-1).view(torch.uint8).numpy().data)
-    return model.eval(), tokenizer, {
+    if known and (known["weights"], known["quick_gelu"]) != (digest.hexdigest(), quick_gelu):
+        raise UserError(f"{content['path']} was trained from other weights than {name} "
+                        f"({pretrained}) has now: say where they are with --clip_model.")
+    return model.eval(), tokenizer, known or {
         "model": name, "pretrained": pretrained, "weights": digest.hexdigest(),
         "quick_gelu": quick_gelu, "embed_dim": config["embed_dim"],
         "preprocess": model.visual.preprocess_cfg}
@@ -1510,16 +1533,16 @@ def fit(run):
 # --- main flow ------------------------------------------------------------------------------
 
 
-def set_up(args, table, seed):
+def set_up(args, table, seed, content=None):
     """Build everything that one training run needs and print what will happen.
 
     seed: of split, heads, order; the CLIP's random weights (if any) follow args.seed, so that
-    repeats share one CLIP and its cache.
+    repeats share one CLIP and its cache. content: of the checkpoint that goes on, if any.
     """
     settle_precision(args)
     device = pick_device(args)
     parts = split_rows(table, args, seed)
-    clip, tokenizer, identity = load_clip(args, args.seed)
+    clip, tokenizer, identity = load_clip(args, args.seed, content)
     if WORLD > 1 and device.type == "cuda":  # statistics of the whole batch
         clip = timm.layers.convert_sync_batchnorm(clip)
     towers = make_towers(clip, tokenizer, args)
@@ -1561,7 +1584,7 @@ def set_up(args, table, seed):
 def train_one_run(args, table, seed, content=None):
     """Train one split, from a checkpoint's content if given; returns its row of results."""
     began = time.perf_counter()
-    run = set_up(args, table, seed)
+    run = set_up(args, table, seed, content)
     write_config(run)
     if content is not None:
         resume(run, content)
@@ -1581,10 +1604,10 @@ def train_one_run(args, table, seed, content=None):
 
 def train(args):
     """Train as the arguments say; returns the row of results that is also printed as JSON."""
-    settle_precision(args)
     content = load_checkpoint(args.resume_from) if args.resume_from else None
     if content:
         take_over_settings(args, content)
+    settle_precision(args)
     table = load_table(args)
     if len(set(gather(fingerprint(args, table)))) > 1:
         raise UserError("All processes must see the same data with the same flags, but they do "
@@ -1613,7 +1636,7 @@ def run_command(args):
     warnings.filterwarnings("ignore", module="PIL")  # load_image refuses what it must
     try:
         with processes():
-            row = predict(args) if args.predict else train(args)
+            row = (predict if args.predict else export if args.export else train)(args)
             if row is not None:
                 print(json_text(row, indent=None))
     except UserError as error:
@@ -1709,6 +1732,16 @@ class Decoder:
             except ValueError as error:  # ImageError, or a side of 0 pixels after resizing
                 errors[int(row)] = str(error)
         return images, errors
+
+    def resize(self, images):
+        """Resize and crop (B, 3, H, W) images in [0, 1] by the same steps, differentiably."""
+        for step in self.steps:
+            if isinstance(step, clip_transform.ResizeKeepRatio):  # it asks a picture for its size
+                picture = argparse.Namespace(size=images.shape[:1:-1])
+                size = step.get_params(picture, step.size, step.longest)
+                step = torchvision.transforms.Resize(size, step.interpolation)
+            images = step(images)
+        return images.clamp(0, 1)
 
 
 def tokenize(tokenizer, texts, what):
@@ -2159,10 +2192,11 @@ def everywhere(outputs):
     return list(itertools.chain(*gather(mine)))
 
 
-def settle_precision(args):
-    """Replace --precision auto by what the device does best."""
+def settle_precision(args, device=None):
+    """Replace --precision auto by what the device does best; a checkpoint keeps what was asked."""
+    args.asked_precision = getattr(args, "asked_precision", args.precision)
     if args.precision == "auto":
-        cuda = torch.cuda.is_available()
+        cuda = device.type == "cuda" if device else torch.cuda.is_available()
         real = cuda and torch.cuda.is_bf16_supported()
         args.precision = "bf16" if real else "fp16" if cuda else "fp32"
 
@@ -2197,7 +2231,8 @@ LOG_COLUMNS = ["epoch", "train_loss", "train_loss_q", "train_loss_c", "train_los
 FREE_FLAGS = {"output_dir", "log_csv", "resume_from", "num_workers", "pin_memory", "cache",
               "cache_dir", "cache_max_gb", "preset", "demo", "data_csv_path", "image_base_dir",
               "no_amp", "repeats", "compile", "no_plots", "tensorboard", "predict", "checkpoint",
-              "prompt", "predictions_csv", "min_quality", "min_consistency", "command", "explicit"}
+              "prompt", "predictions_csv", "min_quality", "min_consistency", "command", "explicit",
+              "export", "asked_precision"}
 
 
 @contextlib.contextmanager
@@ -2260,7 +2295,8 @@ def save_checkpoint(run, best):
     if RANK:
         return
     content = {"format": FORMAT, "version": FORMAT_VERSION, "seed": run.seed,
-               "args": {k: v for k, v in vars(run.args).items() if k != "explicit"},
+               "args": {k: v for k, v in vars(run.args).items() if k != "explicit"} | {
+                   "precision": run.args.asked_precision},  # another machine may do another best
                "identity": run.identity, "scales": run.table.scales, "split": split_hash(run),
                "offsets": run.table.offsets, "targets": run.table.targets,
                "data": data_hash(run.table),
@@ -2312,39 +2348,66 @@ def data_hash(table):
     return hashlib.sha256(data.encode()).hexdigest()
 
 
+def read_export(folder):
+    """Return what export wrote as a checkpoint's content, and "clip": the CLIP before training."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = (folder / "model.safetensors").read_bytes()
+    if content.get("sha256") != hashlib.sha256(weights).hexdigest():
+        raise ValueError("the checksum of its model.safetensors is not that of its config.json")
+    tensors = safetensors.torch.load(weights)
+    before = {key[7:]: tensors.pop(key) for key in [*tensors] if key.startswith("before.")}
+    clip = {key for key in tensors if key.startswith("clip.")}
+    return content | {
+        "args": content["args"] | {"clip_model": f"local-dir:{folder}"},
+        "state": {key: tensors[key] for key in tensors.keys() - clip | before.keys()},
+        "clip": {key[5:]: before.get(key, tensors[key]) for key in clip}}
+
+
 def load_checkpoint(path):
-    """Return a checkpoint's content, tensors and plain values; raise UserError if it is none."""
-    path = Path(path)
+    """Return a checkpoint's content, tensors and plain values; raise UserError if it is none.
+
+    path: a file of a run, a folder of --export, or hf-hub:ORG/NAME where one has been uploaded.
+    """
+    name, path = str(path), Path(path)
     try:
-        if not path.is_file():
+        if name.startswith("hf-hub:"):
+            skip_unreachable_hub()
+            path = Path(huggingface_hub.snapshot_download(name.removeprefix("hf-hub:")))
+        if path.is_dir():
+            content = read_export(path)
+        elif not path.is_file():
             raise ValueError("there is no file of that name")
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch itself does not look at the checksums
-                raise ValueError(f"it is damaged: the checksum of {damaged} in it is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch itself does not look at the checksums
+                    raise ValueError(f"it is damaged: the checksum of {damaged} in it is wrong")
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError("it is a file of another program")
         if content["version"] != FORMAT_VERSION:
             raise ValueError(f"it has version {content['version']}, this baseline.py reads "
                              f"{FORMAT_VERSION}: use the one that wrote it, whose commit is in its "
                              f"config.json, or train again")
-        return content
+        return content | {"path": name}
     except Exception as error:  # zip, pickle and tensor errors all mean the same to a user
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         beside = [other for other in path.parent.glob("baseline_*.pt")
                   if not path.is_file() or not other.samefile(path)]
-        raise UserError(f"{path} cannot be used as a checkpoint of baseline.py ({reason}): give a "
-                        f"baseline_last.pt or baseline_best.pt"
+        raise UserError(f"{name} cannot be used as a checkpoint of baseline.py ({reason}): give a "
+                        f"baseline_last.pt, a baseline_best.pt or a folder of --export"
                         + (f", like {beside[0]}" if beside else "")) from error
 
 
 def take_over_settings(args, content):
     """Take every flag that the command line does not name from the checkpoint.
 
-    A named flag that contradicts it and would change the result is an error. With another number of
-    processes the images per update stay: other steps per update if that is enough, else batches.
+    A named flag that contradicts it and would change the result is an error; --clip_model and
+    --pretrained may say where the same weights lie now. With another number of processes the images
+    per update stay: other steps per update if that is enough, else batches.
     """
     saved, path = content["args"], args.resume_from
+    if "optimizer" not in content:
+        raise UserError(f"{path} has no optimiser to go on with: give a baseline_last.pt.")
     window = content["processes"] * saved["batch_size"] * saved["grad_accum_steps"]
     if window % (saved["batch_size"] * WORLD) == 0:
         saved["grad_accum_steps"] = window // (saved["batch_size"] * WORLD)
@@ -2354,7 +2417,7 @@ def take_over_settings(args, content):
         raise UserError(f"A resumed run must keep the {window} images per update of {path}: use a "
                         f"number of processes that divides them.")
     clash = [f"--{key} {getattr(args, key)} (checkpoint: {saved[key]})"
-             for key in sorted(args.explicit - FREE_FLAGS)
+             for key in sorted(args.explicit - FREE_FLAGS - {"clip_model", "pretrained"})
              if key in saved and getattr(args, key) != saved[key]]
     if clash:
         raise UserError(f"A resumed run must keep the settings of {path}, but the command line "
@@ -2382,15 +2445,13 @@ def load_trained_state(scorer, state, path):
 def resume(run, content):
     """Bring a set-up run to where the checkpoint was; its tensors leave the content."""
     path = run.args.resume_from
-    if content["identity"]["weights"] != run.identity["weights"]:
-        raise UserError(f"{path} was trained from other CLIP weights than {run.identity['model']} "
-                        f"has now: give the same --clip_model and --pretrained.")
     if (content["split"], content["data"]) != (split_hash(run), data_hash(run.table)):
         raise UserError(f"{path} was trained on another split of the data, or other scores or "
                         f"prompts: resume with the same CSV.")
     load_trained_state(run.scorer, content.pop("state"), path)
     run.optimizer.load_state_dict(content.pop("optimizer"))
-    run.scaler.load_state_dict(content["scaler"])
+    if content["scaler"]:  # else it was trained in another precision
+        run.scaler.load_state_dict(content["scaler"])
     run.progress.update(content["progress"])
     best, kept = (Path(folder, "baseline_best.pt") for folder in (
         Path(path).parent, run.args.output_dir))
@@ -2421,12 +2482,13 @@ def skip_unreachable_hub():
 @contextlib.contextmanager
 def quiet_library():
     """Silence open_clip's own log lines and warnings in the block: ours say what matters."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 # --- results and records --------------------------------------------------------------------
@@ -2632,11 +2694,9 @@ def keep_records(run, preds, row):
 
 def add_scores(table, pred, scales, offsets, targets):
     """Return the table with the columns of scores for people: clamped, on the MOS scale."""
-    names = {"quality": "q", "consistency": "c", "quality_base": "q_base",
-             "consistency_base": "c_base"}
     return table.assign(**{
-        name: to_mos(pred[key].to_numpy(float).clip(0, 1), key[0], scales, offsets).round(4)
-        for name, key in names.items() if key[0] in targets})
+        name: to_mos(pred[key].to_numpy(float).clip(0, 1), key[0], scales, offsets).round(6)
+        for name, key in SCORES.items() if key[0] in targets})
 
 
 def json_text(value, indent=1):
@@ -2977,6 +3037,8 @@ def write_tensorboard(run):
 
 # --- scoring --------------------------------------------------------------------------------
 
+SCORES = {"quality": "q", "consistency": "c", "quality_base": "q_base",
+          "consistency_base": "c_base"}
 SCORE_COLUMNS = ("quality", "consistency", "quality_base", "consistency_base", "error", "keep")
 
 
@@ -3021,54 +3083,207 @@ def scoring_frame(args, saved):
     return pd.DataFrame({"name": names, "prompt": prompts}), paths, prompts
 
 
-def load_scorer(args, content, device):
-    """Return (scorer, tokenizer, identity) of a checkpoint's content.
+class Scorer(nn.Module):
+    """Score images as a checkpoint has learned to: files by `score`, tensors by a call.
 
-    scorer.before: the towers before training, which the base's cosine needs; what is frozen is
-    shared with those after it.
+    content: of load_checkpoint; args: of the command line. before: the CLIP before training, which
+    the base's cosine needs; what is frozen is shared with the one after it.
     """
-    saved = argparse.Namespace(**content["args"])
-    clip, tokenizer, identity = load_clip(saved, saved.seed)
-    if identity["weights"] != content["identity"]["weights"]:
-        raise UserError(f"{args.checkpoint} was trained from other weights than "
-                        f"{saved.clip_model} ({saved.pretrained}) has now: restore them.")
-    original = clip if saved.freeze_clip else copy.deepcopy(clip)
-    scorer = CLIPScorer(clip, make_towers(clip, tokenizer, saved), identity, saved)
-    scorer.before = scorer.towers if saved.freeze_clip else make_towers(original, tokenizer, saved)
-    for module, twin in zip(clip.modules(), original.modules()):
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                setattr(twin, name, parameter)
-    original.to(device)
-    load_trained_state(scorer, content["state"], args.checkpoint)
-    return scorer.to(device).eval(), tokenizer, identity
+
+    def __init__(self, content, args, device):
+        super().__init__()
+        moved = {k: getattr(args, k) for k in ("clip_model", "pretrained") if k in args.explicit}
+        saved = argparse.Namespace(**content["args"] | ({} if "clip" in content else moved))
+        clip, self.tokenizer, self.identity = load_clip(saved, saved.seed, content)
+        self.before = clip if saved.freeze_clip else copy.deepcopy(clip)
+        after = make_towers(clip, self.tokenizer, saved)
+        self.towers = after, (after if saved.freeze_clip else
+                              make_towers(self.before, self.tokenizer, saved))
+        self.model = CLIPScorer(clip, after, self.identity, saved)
+        for module, twin in zip(clip.modules(), self.before.modules()):
+            for name, parameter in module.named_parameters(recurse=False):
+                if not parameter.requires_grad:
+                    setattr(twin, name, parameter)
+        load_trained_state(self.model, content["state"], content["path"])
+        self.args, self.saved = argparse.Namespace(**vars(args) | {"cache": "off"}), saved
+        self.targets, self.scales = content.get("targets", TARGETS), content["scales"]
+        self.offsets = content.get("offsets", dict.fromkeys(TARGETS, 0.0))
+        self.requires_grad_(False).to(device).eval()
+
+    def train(self, mode=True):
+        """Stay in eval mode, whatever a model that it is part of does."""
+        return super().train(False)
+
+    def texts(self, prompts, what=""):
+        """Return (N,) index into U unique prompts, (U, D) embeddings by the towers, (U, D) by those
+        before training, and (U,) which are blank.
+        """
+        device = self.model.pixel_mean.device
+        index, unique = pd.factorize(np.array(prompts, dtype=object))
+        texts = TextInputs(self.towers[0]["text"], self.tokenizer, self.identity, self.args, device,
+                           what, list(unique))
+        t, texts.tower = texts.embed().to(device), self.towers[1]["text"]
+        blank = torch.tensor([not text.strip() for text in unique], device=device)
+        return torch.from_numpy(index).to(device), t, texts.embed().to(device), blank
+
+    def outputs(self, images, index, t, t0, blank):
+        """Return PREDICTIONS of (B, 3, H, W) images, 0 to 255, and their prompts: see texts."""
+        with autocast(self.args, t.device):
+            x = self.towers[0]["image"].prefix(self.model.pixels(images))
+            f, f0 = (towers["image"].suffix(x) for towers in self.towers)
+        with torch.autocast(t.device.type, enabled=False):
+            out = self.model.score(f, t[index], (f0 * t0[index]).sum(-1))
+        return {name: out[name].masked_fill(blank[index] & (name[0] == "c"), math.nan)
+                for name in PREDICTIONS}
+
+    def forward(self, pixels, prompts=None):
+        """Return {"quality", "consistency", "quality_base", ..} of (B,) tensors on the MOS scale.
+
+        pixels: (B, 3, H, W) in [0, 1], of any size; the scores are not clamped and differentiable.
+        prompts: one, one each, or None. Consistency is NaN where there is none.
+        """
+        low, high = (float(edge) for edge in pixels.detach().aminmax())
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or not -0.01 <= low <= high <= 1.01:
+            raise UserError(f"A Scorer reads pixels (B, 3, H, W) from 0 to 1, but got "
+                            f"{tuple(pixels.shape)} from {low:g} to {high:g}: see its method score "
+                            f"for files, pictures and arrays.")
+        index, *texts = self.texts(one_each(prompts, len(pixels)))
+        images = Decoder([], self.identity["preprocess"]).resize(pixels.to(texts[0])) * 255
+        out = self.outputs(images, index, *texts)
+        return {name: to_mos(out[key], key[0], self.scales, self.offsets)
+                for name, key in SCORES.items() if key[0] in self.targets}
+
+    @torch.no_grad()
+    def scored(self, images, prompts, steps):
+        """Yield a DataFrame for each of several arrays of rows: PREDICTIONS, and error.
+
+        On the [0, 1] scale; NaN where the image is unreadable, consistency without a prompt.
+        """
+        index, *texts = self.texts(prompts, "prompts")
+        files = all(isinstance(image, (str, os.PathLike)) for image in images)
+        stream = ahead(Decoder(images, self.identity["preprocess"]), steps,
+                       self.args.num_workers * files)  # threads must not share an open picture
+        for rows, (pixels, errors) in progress_bar(zip(steps, stream), "score", len(steps)):
+            out = self.outputs(pixels.to(index.device), index[rows], *texts)
+            pred = pd.DataFrame({name: out[name].cpu() for name in PREDICTIONS}, rows)
+            pred.loc[list(errors)] = np.nan
+            yield pred.assign(error=[errors.get(row, "") for row in rows])
+
+    def batches(self, images, prompts, start=0):
+        """Yield (rows, DataFrame of PREDICTIONS, {row: why unreadable}) of all batches from a row.
+
+        The processes of torchrun share each batch, and all of them get the whole.
+        """
+        steps = list(deal(np.arange(start, len(images)), self.args.batch_size))
+        scored = self.scored(images, [""] * start + list(prompts[start:]), [r for r, _ in steps])
+        for (_, kept), pred in zip(steps, scored):
+            pred = pd.concat(gather(pred[kept > 0])).sort_index()
+            error = pred.pop("error")
+            yield pred.index.to_numpy(), pred, error[error != ""].to_dict()
+
+    def score(self, images, prompts=None):
+        """Return a DataFrame of SCORES, as --predict has them, and error, a row per image.
+
+        images: paths, PIL images or uint8 arrays (H, W, 3), or one of these; prompts: see forward.
+        """
+        one = isinstance(images, (str, os.PathLike, Image.Image)) or (
+            isinstance(images, np.ndarray) and images.ndim in (2, 3))
+        images = [images] if one else list(images)
+        if not images:
+            return pd.DataFrame(columns=[*SCORES, "error"])
+        pred = pd.concat(self.scored(images, one_each(prompts, len(images)), batches_of(
+            len(images), self.args.batch_size)))
+        return add_scores(pred[[]], pred, self.scales, self.offsets,
+                          self.targets).assign(error=pred["error"])
 
 
-@torch.inference_mode()
-def score_images(scorer, tokenizer, identity, paths, prompts, args, device):
-    """Score images with their prompts; returns (DataFrame of PREDICTIONS, {row: why unreadable}).
+def one_each(prompts, count):
+    """Return `count` prompts: the one for all, those given, "" where there is none."""
+    texts = [prompts] * count if prompts is None or isinstance(prompts, str) else list(prompts)
+    if len(texts) != count:
+        raise UserError(f"Prompts must be one, None, or one for each of the {count} images, but "
+                        f"there are {len(texts)}: correct their number.")
+    return ["" if pd.isna(text) else str(text) for text in texts]
 
-    Rows of unreadable images, and consistency where there is no prompt, are NaN.
+
+def load(path, device=None, **flags):
+    """Return the Scorer of a checkpoint, a folder of --export or hf-hub:ORG/NAME.
+
+    device: CUDA where there is one, unless named. flags: those of the command line that scoring
+    heeds: batch_size, num_workers, precision, clip_model, pretrained.
     """
-    index, unique = pd.factorize(np.array(prompts, dtype=object))
-    texts = TextInputs(scorer.towers["text"], tokenizer, identity, args, device, "prompts",
-                       list(unique))
-    t, texts.tower = texts.embed().to(device), scorer.before["text"]
-    t0 = texts.embed().to(device)
-    mine, outputs, errors = batches_of(len(paths), args.batch_size)[RANK::WORLD], [], {}
-    stream = ahead(Decoder(paths, identity["preprocess"]), mine, args.num_workers)
-    for rows, (images, bad) in progress_bar(zip(mine, stream), "score", len(mine)):
-        with autocast(args, device):
-            x = scorer.towers["image"].prefix(scorer.pixels(images.to(device)))
-            f, f0 = (towers["image"].suffix(x) for towers in (scorer.towers, scorer.before))
-        scores = scorer.score(f, t[index[rows]], (f0 * t0[index[rows]]).sum(-1))
-        outputs.append((rows, torch.stack([scores[name] for name in PREDICTIONS])))
-        errors |= bad
-    pred = predictions(outputs).sort_index()
-    errors = dict(itertools.chain(*(bad.items() for bad in gather(errors))))
-    pred.loc[list(errors)] = np.nan
-    pred.loc[[not prompt.strip() for prompt in prompts], ["c", "c_base"]] = np.nan
-    return pred, errors
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    args, content = parse_args([f"--{k}={v}" for k, v in flags.items()]), load_checkpoint(path)
+    args.precision = flags.get("precision", content["args"]["precision"])
+    settle_precision(args, device)
+    with torch.random.fork_rng([]):
+        return Scorer(content, args, device)
+
+
+CARD = """---
+license: other  # fill in; that of the CLIP and that of the data count as well
+---
+# {name}
+
+Scores AI-generated images: `python baseline.py --predict IMAGES --checkpoint FOLDER`, or
+`baseline.load(FOLDER).score(images, prompts)`. Licence: FILL IN.
+
+- CLIP: {model} ({pretrained})
+- data: {csv}, label scales {scales}; split {split}, seed {seed}: {images}
+- trained by `python baseline.py {command}`
+
+{scores}
+"""
+
+
+def export(args):
+    """Write --checkpoint as a folder that needs no other file (see read_export), or nothing."""
+    if RANK:
+        return
+    target, content = Path(args.export), load_checkpoint(args.checkpoint)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"--export needs a new or empty folder, but {target} is none.")
+    scorer = Scorer(content, args, torch.device("cpu"))
+    first = scorer.before.state_dict(prefix="clip.")
+    tensors = scorer.model.state_dict() | {
+        f"before.{key}": first[key] for key in first if key in content["state"]}
+    weights = safetensors.torch.save({key: value.clone(memory_format=torch.contiguous_format)
+                                      for key, value in tensors.items()})
+    plain = content.keys() - {"state", "clip", "optimizer", "scaler", "path"}
+    model = open_clip.get_model_config(scorer.saved.clip_model)
+    files = {"README.md": model_card(target.name, content, Path(args.checkpoint).parent),
+             "config.json": json_text({key: content[key] for key in sorted(plain)} | {
+                 "sha256": hashlib.sha256(weights).hexdigest()}),
+             "open_clip_config.json": json_text({
+                 "model_cfg": model | {"quick_gelu": scorer.identity["quick_gelu"]},
+                 "preprocess_cfg": scorer.identity["preprocess"]})}
+    with must_write(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            half = Path(folder, target.name)
+            half.mkdir()
+            (half / "model.safetensors").write_bytes(weights)
+            for name, text in files.items():
+                (half / name).write_text(text, encoding="utf-8")
+            if hasattr(scorer.tokenizer, "save_pretrained"):  # open_clip's own needs no files
+                scorer.tokenizer.save_pretrained(half)
+            os.replace(half, target)
+    print(f"{target} holds all that scoring needs: give it as --checkpoint or to baseline.load")
+
+
+def model_card(name, content, folder):
+    """Return an exported folder's README.md; folder: where the run's own records are, if known."""
+    config, row = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+                   for path in (folder / "config.json", folder / "result.json"))
+    scores = "No scores of this split and epoch lay beside the checkpoint."
+    if (row.get("split"), row.get("best_epoch")) == (content["split"],
+                                                     content["progress"]["epoch"]):
+        row = {key: math.nan if value is None else value for key, value in row.items()}
+        lines = [f"{row['part']} part", score_table([row]).to_string(), *verdict(row)]
+        scores = "\n".join(["```", *lines, "```"])
+    return CARD.format(**content | content["args"] | content["identity"] | {
+        "name": name, "scores": scores, "csv": Path(content["args"]["data_csv_path"]).name,
+        "images": config.get("images", "") if config.get("split") == content["split"] else ""})
 
 
 def refuse_untrained_limits(args, targets):
@@ -3095,10 +3310,10 @@ def predict(args):
         if "precision" not in args.explicit:
             args.precision = saved.precision
         settle_precision(args)
-        args.cache, device = "off", pick_device(args)
-        scorer = load_scorer(args, content, device)
-        pred, errors = score_images(*scorer, paths, prompts, args, device)
-        offsets = content.get("offsets", dict.fromkeys(TARGETS, 0.0))
+        scorer = Scorer(content, args, pick_device(args))
+        _, preds, errors = zip(*scorer.batches(paths, prompts))
+        pred, errors = pd.concat(preds), {k: why for each in errors for k, why in each.items()}
+        offsets = scorer.offsets
         own = {"q": saved.quality_column, "c": saved.consistency_column}
         for t in targets:
             scores = cells_of(frame, own[t])
