@@ -2878,7 +2878,7 @@ def predict(args):
         settle_precision(args)
         args.cache, device = "off", pick_device(args)
         key = content_key(identity=content["identity"], state=[
-            hashlib.sha256(as_numpy(value).tobytes()).hexdigest()
+            hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
             for value in content["state"].values()], precision=args.precision, prompts=prompts,
             files=[(str(path), os.path.isfile(path) and os.stat(path).st_mtime_ns)
                    for path in paths])

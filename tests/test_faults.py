@@ -85,7 +85,7 @@ def test_no_room_for_scores(train, refused, no_room, tmp_path, data):
     scores = tmp_path / "scores.csv"
     scores.write_text("before")
     words = ["--predict", data.csv, "--checkpoint", best, "--predictions_csv"]
-    assert f"{scores / 'a.csv'} must be writable" in refused(*words, scores / "a.csv")
+    assert f"{scores / '.a.csv.partial'} must be writable" in refused(*words, scores / "a.csv")
     assert "must be writable" in refused("--freeze_clip", out="scores.csv/out")
     no_room("scores.csv", 10)
     assert "--overwrite" in refused(*words, scores)

@@ -480,11 +480,14 @@ def test_changed_clip_weights_are_refused(score, data, clips, tmp_path):
     assert score(data.csv, checkpoint=checkpoint).status == 0
 
 
-def test_a_folder_of_links_hidden_and_other_files(score, data, folder, tmp_path):
+def test_a_folder_of_links_hidden_and_other_files(score, data, folder, tmp_path, monkeypatch):
     """Linked folders are entered once, links to files are rows, and what is left out is said."""
     outside, one = tmp_path / "outside", data.images / data.rows[5]["name"]
     outside.mkdir()
     shutil.copy(one, outside / "far.png")
+    Image.init()
+    for suffix in (".heic", ".jxl"):  # as where no plugin is installed
+        monkeypatch.delitem(Image.EXTENSION, suffix, raising=False)
     for link, target in (("deep/up", folder), ("linked", outside), ("again", outside),
                          ("deep/out", outside), ("twin.png", one), ("gone.png", "nowhere")):
         (folder / link).symlink_to(target)
@@ -520,7 +523,8 @@ def test_scores_get_a_name_and_replace_nothing(score, trained, data, tmp_path, m
         baseline.main([*words, str(target)])
         with pytest.raises(SystemExit, match="2"):
             baseline.main([*words, str(target)])
-        assert f"{name} does: give another --predictions_csv, or --overwrite" in capfd.readouterr().err
+        said = capfd.readouterr().err
+        assert f"{name} does: give another --predictions_csv, or --overwrite" in said
         before = Path(name).read_bytes()
         baseline.main([*words, str(target), "--overwrite", "--excel"])
         assert Path(name).read_bytes() == b"\xef\xbb\xbf" + before
@@ -533,7 +537,8 @@ def test_scores_get_a_name_and_replace_nothing(score, trained, data, tmp_path, m
 @pytest.mark.parametrize("tail", ["", "[0.5, 0.1", "[0.5]"])
 def test_a_stopped_run_goes_on(score, trained, data, tmp_path, monkeypatch, capfd, tail):
     """Stopped twice, the scores are those of one run, bit for bit; a half line is dropped."""
-    whole, partial = score(data.csv, "--batch_size", 5).path.read_bytes(), tmp_path / ".s.csv.partial"
+    whole = score(data.csv, "--batch_size", 5).path.read_bytes()
+    partial = tmp_path / ".s.csv.partial"
     real, words = baseline.score_images, [
         "--predict", str(data.csv), "--checkpoint", str(trained() / "baseline_best.pt"),
         "--predictions_csv", str(tmp_path / "s.csv"), "--num_workers", "0", "--batch_size", "5"]
