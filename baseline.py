@@ -76,9 +76,9 @@ DEMO = dict(data_csv_path=str(HERE / "data/demo/data.csv"),
 DEPENDENT_FLAGS = {"freeze_layers": "partial_freeze", "refinement_layers": "use_refinement",
                    "refinement_heads": "use_refinement", "refinement_dim": "use_refinement",
                    "w_exp": "use_explanations", "explanation_column": "use_explanations",
-                   "checkpoint": "predict or --export", "prompt": "predict",
-                   "predictions_csv": "predict",
-                   "min_quality": "predict", "min_consistency": "predict"}
+                   "checkpoint": "predict or --export",
+                   **dict.fromkeys(("prompt", "predictions_csv", "overwrite", "excel",
+                                    "min_quality", "min_consistency", "keep_top"), "predict")}
 
 
 class UserError(Exception):
@@ -245,11 +245,13 @@ def build_parser():
         help="what --predict scores with: a file, a folder of --export or hf-hub:ORG/NAME")
     add("--export", metavar="DIR", help="write --checkpoint as a folder that needs no other file")
     add("--prompt", help="of every image of --predict; a .txt file beside a folder's image wins")
-    add("--predictions_csv", default="predictions.csv", help="of --predict; - for standard output")
-    add("--min_quality", type=number(-1e6),
-        help="add a column `keep`: quality at least this MOS")
-    add("--min_consistency", type=number(-1e6),
-        help="the same for consistency; both must hold")
+    add("--predictions_csv", help="where the scores go, - for standard output; not given: "
+        "<what is scored>_scores.csv in the current folder")
+    add("--overwrite", **on, help="replace --predictions_csv where it exists")
+    add("--excel", **on, help="write it with a byte order mark, by which Excel knows UTF-8")
+    add("--min_quality", type=number(-1e6), help="add a column `keep`: quality at least this MOS")
+    add("--min_consistency", type=number(-1e6), help="the same for consistency; all must hold")
+    add("--keep_top", type=positive_int, help="the same for the best images of each prompt")
     return parser
 
 
@@ -309,7 +311,11 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the libraries are loaded
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # what it cannot show is escaped
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     ARGS = parse_args()
+    if ARGS.predictions_csv == "-":  # a file, whatever the terminal shows
+        sys.stdout.reconfigure(encoding="utf-8")
 
 import base64
 import contextlib
@@ -319,6 +325,7 @@ import ctypes
 import functools
 import hashlib
 import html
+import importlib
 import io
 import itertools
 import json
@@ -333,7 +340,7 @@ import threading
 import urllib.request
 import warnings
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -1776,8 +1783,15 @@ def ahead(function, items, threads):
 
 
 def progress_bar(iterable, what, total):
-    """Show a progress bar on a terminal, nothing elsewhere."""
-    return tqdm(iterable, what, total, leave=False, disable=RANK > 0 or None)
+    """Show a progress bar on a terminal, elsewhere a line a minute; rank 0 alone."""
+    bar = tqdm(iterable, what, total, leave=False, disable=RANK > 0 or None)
+    began = said = time.monotonic()
+    for done, item in enumerate(bar, 1):
+        yield item
+        if bar.disable and (now := time.monotonic()) - said >= 60:
+            said, rate = now, done / (now - began)
+            print(f"{what}: {done} of {total}, {rate:.3g} a second, "
+                  f"{tqdm.format_interval((total - done) / rate)} left", flush=True)
 
 
 def autocast(args, device):
@@ -2231,8 +2245,8 @@ LOG_COLUMNS = ["epoch", "train_loss", "train_loss_q", "train_loss_c", "train_los
 FREE_FLAGS = {"output_dir", "log_csv", "resume_from", "num_workers", "pin_memory", "cache",
               "cache_dir", "cache_max_gb", "preset", "demo", "data_csv_path", "image_base_dir",
               "no_amp", "repeats", "compile", "no_plots", "tensorboard", "predict", "checkpoint",
-              "prompt", "predictions_csv", "min_quality", "min_consistency", "command", "explicit",
-              "export", "asked_precision"}
+              "prompt", "predictions_csv", "overwrite", "excel", "min_quality", "min_consistency",
+              "keep_top", "export", "command", "explicit", "asked_precision"}
 
 
 @contextlib.contextmanager
@@ -2326,7 +2340,7 @@ def save_text(path, text):
     """Write a text file, by rank 0 alone."""
     if RANK == 0:
         with writing(path) as half:
-            half.write_text(text, encoding="utf-8", newline="")
+            half.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def write_log(run):
@@ -3039,17 +3053,61 @@ def write_tensorboard(run):
 
 SCORES = {"quality": "q", "consistency": "c", "quality_base": "q_base",
           "consistency_base": "c_base"}
-SCORE_COLUMNS = ("quality", "consistency", "quality_base", "consistency_base", "error", "keep")
+SCORE_COLUMNS = (*SCORES, "error", "rank_in_prompt", "keep")
+NEARLY_CONSTANT = 0.002  # standard deviation on [0, 1]
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # Pillow knows their names
+PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+for plugin in ("pillow_heif.HeifImagePlugin", "pillow_jxl"):  # where installed, Pillow opens them
+    with contextlib.suppress(ImportError):
+        importlib.import_module(plugin)
+
+
+def folder_images(folder):
+    """Return the sorted paths of the pictures below a folder; print what is left out and why.
+
+    Links are followed, into each folder once. Where a suffix does not tell a picture, the first
+    bytes do; a name that promises one is taken, whatever the file holds.
+    """
+    Image.init()
+    formats = [kind for kind in Image.OPEN if kind not in NO_PICTURES]
+    suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in formats}
+    telling = [kind for kind in formats if Image.OPEN[kind][1]]  # known by their first bytes
+    paths, seen, left_out = [], set(), Counter()
+    for place, names, files in os.walk(folder, followlinks=True, onerror=lambda error:
+                                       left_out.update([f"folder that cannot be read: {error}"])):
+        if (real := os.path.realpath(place)) in seen:
+            left_out["link to a folder that is scored already"] += 1
+            names[:] = files = []
+        seen.add(real)
+        hidden = {name for name in (*names, *files) if name.startswith(".")}
+        left_out["hidden file or folder"] += len(hidden)
+        names[:] = sorted({*names} - hidden, key=lambda name: (  # what is really there comes first
+            os.path.islink(os.path.join(place, name)), name))
+        for path in (Path(place, name) for name in {*files} - hidden):
+            suffix = path.suffix.lower()
+            try:
+                if path.exists() and not path.is_file():
+                    raise OSError("neither a file nor a folder")
+                if suffix not in suffixes:
+                    Image.open(path, formats=telling).close()
+                paths.append(path)
+            except Exception:  # Pillow's readers fail in every way there is
+                why = (f"Pillow opens it after: pip install {PLUGINS[suffix]}" if suffix in PLUGINS
+                       else "no picture that Pillow opens")
+                left_out[f"{suffix or 'file without a suffix'} ({why})"] += 1
+    for what, count in sorted((+left_out).items()):
+        print(f"left out of {folder}: {count} x {what}")
+    return sorted(paths)
 
 
 def scoring_frame(args, saved):
-    """Return (DataFrame with the input columns, image paths, prompts) of --predict's target.
+    """Return (DataFrame with the input columns, image paths, prompts, {row: why it has no prompt}).
 
     A CSV's names are relative to --image_base_dir if given, else to that of the CSV's folder, its
     images/ and the training folder that has the most of them. saved: the checkpoint's arguments,
     which name the columns. Prompts are "" where there is none.
     """
-    target = Path(args.predict)
+    target, errors, prompts = Path(args.predict), {}, []
     if target.suffix.lower() in TABLES:
         frame = read_table(target).reset_index(drop=True)
         names, texts = (cells_of(frame, c) for c in (saved.name_column, saved.prompt_column))
@@ -3063,24 +3121,24 @@ def scoring_frame(args, saved):
         base = max(places, key=lambda place: sum(os.path.isfile(place / n) for n in names))
         texts = [""] * len(frame) if texts is None else texts
         prompts = [text if text.strip() else args.prompt or "" for text in texts]
-        return frame, [base / name for name in names], prompts
-    known, prompts = Image.registered_extensions(), []
-    known = {suffix for suffix, kind in known.items() if kind in Image.OPEN}  # not only written
-    paths = [target] if target.is_file() else sorted(
-        path for path in target.rglob("*") if path.suffix.lower() in known and path.is_file())
+        for cells in [cells_of(frame, saved.prompt_column)] * bool(args.prompt):
+            frame[saved.prompt_column if cells is None else cells.name] = prompts
+        return frame, [base / name for name in names], prompts, errors
+    paths = [target] if target.is_file() else folder_images(target)
     if not paths:
         raise UserError(f"--predict needs a CSV, an image or a folder of images, but there are no "
                         f"images in {target}: correct the path.")
-    for text in (path.with_suffix(".txt") for path in paths):
+    for row, text in enumerate(path.with_suffix(".txt") for path in paths):
         try:
-            beside = text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
-        except UnicodeDecodeError as error:
-            raise UserError(f"{text} must be UTF-8, but byte {error.start} is not: save it as "
-                            f"UTF-8.") from error
-        prompts.append(beside or args.prompt or "")
+            beside = text.read_text(encoding="utf-8-sig").strip() if os.path.isfile(text) else ""
+            prompts.append(beside or args.prompt or "")
+        except (OSError, UnicodeDecodeError) as error:
+            errors[row] = f"{text.name} must be UTF-8 text that can be read: {error}"
+            prompts.append("")
     base = target.parent if target.is_file() else target
-    names = [path.relative_to(base).as_posix() for path in paths]
-    return pd.DataFrame({"name": names, "prompt": prompts}), paths, prompts
+    names = [os.fsencode(path.relative_to(base).as_posix()).decode("utf-8", "backslashreplace")
+             for path in paths]
+    return pd.DataFrame({"name": names, "prompt": prompts}), paths, prompts, errors
 
 
 class Scorer(nn.Module):
@@ -3294,56 +3352,150 @@ def refuse_untrained_limits(args, targets):
                             f"train on: drop --min_{TITLES[t]}.")
 
 
+def scores_path(args):
+    """Return where the scores go, None for standard output; what lies there stays."""
+    if args.predictions_csv == "-":
+        return None
+    scored = Path(os.path.abspath(args.predict))
+    name = scored.name if scored.is_dir() else scored.stem
+    path = Path(args.predictions_csv or f"{name}_scores.csv")
+    if RANK == 0 and os.path.exists(path) and not (args.overwrite and path.is_file()):
+        raise UserError(f"The scores need a file that does not exist yet, but {path} does: give "
+                        f"another --predictions_csv, or --overwrite if it is a file of no use.")
+    return path
+
+
+def kept_rows(path, key, unit):
+    """Return the rows [*PREDICTIONS, error] that a stopped run has left, so many whole units.
+
+    path: lines of JSON, below the key of what they depend on. It is written anew without a last
+    line that has no end; rows of another key go.
+    """
+    lines = []
+    if RANK == 0:
+        first, *lines = path.read_text().split("\n")[:-1] if path.is_file() else [key]
+        lines = lines[:len(lines) // unit * unit] if first == key else []
+        save_text(path, "".join(line + "\n" for line in (key, *lines)))
+    return gather([json.loads(line) for line in lines])[0]
+
+
+def score_rows(args, content, partial, key, paths, prompts, device):
+    """Return the rows [*PREDICTIONS, error] of all images; with a partial file they are kept there.
+
+    It stays where a run is stopped after some rows: the same command goes on with the rest.
+    """
+    done = kept_rows(partial, key, args.batch_size * WORLD) if partial else []
+    if done:
+        print(f"going on after {len(done)} of {len(paths)} rows in {partial}")
+    try:
+        scorer = Scorer(content, args, device)
+        for rows, pred, errors in scorer.batches(paths, prompts, len(done)):
+            new = [[*scores, errors.get(row, "")]
+                   for row, scores in zip(rows, pred.to_numpy(float).tolist())]
+            done += new
+            if partial and RANK == 0:
+                with must_write(partial), open(partial, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in new)
+    except BaseException:
+        if partial and RANK == 0 and done:
+            print(f"{len(done)} of {len(paths)} rows are kept in {partial}: the same command goes "
+                  f"on with the rest", file=sys.stderr)
+        elif partial and RANK == 0:
+            partial.unlink()
+        raise
+    return done
+
+
+def judge(frame, pred, expected, saved, content):
+    """Print metrics where there are human scores, and warn where the scores tell nothing."""
+    offsets = content.get("offsets", dict.fromkeys(TARGETS, 0.0))
+    for t, column in (("q", saved.quality_column), ("c", saved.consistency_column)):
+        if t not in content.get("targets", TARGETS):
+            continue
+        scores = cells_of(frame, column)
+        scores = pd.Series("", frame.index) if scores is None else scores.str.replace(",", ".")
+        mos = (pd.to_numeric(scores, errors="coerce") - offsets[t]) / content["scales"][t]
+        good = np.isfinite(mos) & np.isfinite(pred[t])
+        if good.any():
+            measured = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
+            print(f"{TITLES[t]}: " + ", ".join(
+                f"{name.upper()} {measured[f'{name}_{t}']:.4f}" for name in METRICS)
+                + f" on {good.sum()} images")
+        values = pred[t][expected[t]]
+        if lost := int((~np.isfinite(values)).sum()):
+            print(f"WARNING: {TITLES[t]} is no number for {lost} of {len(values)} images: try "
+                  f"--precision fp32, or another checkpoint")
+        elif len(values) > 2 and values.clip(0, 1).std() < NEARLY_CONSTANT:
+            print(f"WARNING: {TITLES[t]} is nearly the same for all {len(values)} images: it "
+                  f"cannot tell them apart")
+
+
+def add_columns(args, frame, pred, prompts, errors, content):
+    """Return the table to write: input, scores, error, rank_in_prompt, and keep if asked for.
+
+    Ranks are by the mean of the scores on [0, 1], of quality alone where there is no prompt;
+    equals rank in the order of their rows.
+    """
+    targets = list(content.get("targets", TARGETS))
+    for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
+        free = (name + "_input" * k for k in itertools.count(1))
+        frame = frame.rename(columns={name: next(n for n in free if n not in frame)})
+    frame = add_scores(frame, pred, content["scales"],
+                       content.get("offsets", dict.fromkeys(TARGETS, 0.0)), targets)
+    mean = pred[targets].clip(0, 1).mean(axis=1).round(6)
+    rank = mean.groupby(np.array(prompts, dtype=object)).rank(method="first", ascending=False)
+    frame["error"], frame["rank_in_prompt"] = errors, rank.astype("Int64")
+    limits = ((args.min_quality, frame.get("quality")),
+              (args.min_consistency, frame.get("consistency")),
+              (args.keep_top and -args.keep_top, -rank))
+    passes = [values >= limit for limit, values in limits if limit is not None]
+    if passes:
+        frame["keep"] = np.all(passes, axis=0)
+        print(f"{frame['keep'].sum()} of {len(frame)} images pass")
+    return frame
+
+
 def predict(args):
     """Score --predict's target with --checkpoint and write --predictions_csv.
 
     Exits with status 1 where an image could not be read; the others are scored all the same.
     """
-    to_stdout = args.predictions_csv == "-"
-    with contextlib.redirect_stdout(sys.stdout if RANK or not to_stdout else sys.stderr):
+    target = scores_path(args)
+    with contextlib.redirect_stdout(sys.stdout if RANK or target else sys.stderr):
         content = load_checkpoint(args.checkpoint)
         named = {flag for flag in args.explicit if flag.endswith("_column")}
         saved = argparse.Namespace(**content["args"] | {k: getattr(args, k) for k in named})
-        targets = content.get("targets", TARGETS)
-        refuse_untrained_limits(args, targets)
-        frame, paths, prompts = scoring_frame(args, saved)
+        refuse_untrained_limits(args, content.get("targets", TARGETS))
+        frame, paths, prompts, unread = scoring_frame(args, saved)
         if "precision" not in args.explicit:
             args.precision = saved.precision
         settle_precision(args)
-        scorer = Scorer(content, args, pick_device(args))
-        _, preds, errors = zip(*scorer.batches(paths, prompts))
-        pred, errors = pd.concat(preds), {k: why for each in errors for k, why in each.items()}
-        offsets = scorer.offsets
-        own = {"q": saved.quality_column, "c": saved.consistency_column}
-        for t in targets:
-            scores = cells_of(frame, own[t])
-            scores = pd.Series("", frame.index) if scores is None else scores.str.replace(",", ".")
-            mos = (pd.to_numeric(scores, errors="coerce") - offsets[t]) / content["scales"][t]
-            good = np.isfinite(mos) & np.isfinite(pred[t])
-            if good.any():
-                measured = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
-                print(f"{TITLES[t]}: " + ", ".join(
-                    f"{name.upper()} {measured[f'{name}_{t}']:.4f}" for name in METRICS)
-                    + f" on {good.sum()} images")
-        for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
-            free = (name + "_input" * k for k in itertools.count(1))
-            frame = frame.rename(columns={name: next(n for n in free if n not in frame)})
-        frame = add_scores(frame, pred, content["scales"], offsets, targets)
-        frame["error"] = [errors.get(row, "") for row in range(len(frame))]
-        limits = {"quality": args.min_quality, "consistency": args.min_consistency}
-        passes = [frame[name] >= limit for name, limit in limits.items() if limit is not None]
-        if errors:
-            print(f"{len(errors)} of {len(frame)} images could not be read: see the column error")
-        if passes:
-            frame["keep"] = np.all(passes, axis=0)
-            print(f"{frame['keep'].sum()} of {len(frame)} images pass")
-    if to_stdout:
-        print(frame.to_csv(index=False, lineterminator="\n"), end="")
-    else:
-        save_text(args.predictions_csv, frame.to_csv(index=False))
-        print(f"{len(frame)} rows written to {args.predictions_csv}")
+        key = content_key(identity=content["identity"], state=[
+            hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+            for value in content["state"].values()], precision=args.precision, prompts=prompts,
+            files=[(str(path), os.path.isfile(path) and os.stat(path).st_mtime_ns)
+                   for path in paths])
+        partial = target and target.with_name(f".{target.name}.partial")
+        done = score_rows(args, content, partial, key, paths, prompts, pick_device(args))
+        *columns, errors = zip(*done)
+        pred = pd.DataFrame(dict(zip(PREDICTIONS, columns)))
+        bad, told = np.array(errors) != "", np.array([text.strip() != "" for text in prompts])
+        judge(frame, pred, {"q": ~bad, "c": ~bad & told}, saved, content)
+        for count, what in ((bad.sum(), "images"), (len(unread), "prompts")):
+            if count:
+                print(f"{count} of {len(frame)} {what} could not be read: see the column error")
+        table = add_columns(args, frame, pred, prompts, [
+            error or unread.get(row, "") for row, error in enumerate(errors)], content)
+        text = "\ufeff" * args.excel + table.to_csv(index=False, lineterminator="\n")
+        if target:
+            save_text(target, text)
+            print(f"{len(frame)} rows written to {target}")
+            if RANK == 0:
+                partial.unlink()
+    if not target:
+        print(text, end="")
     gather(None)
-    if errors:
+    if bad.any():
         raise SystemExit(1 if RANK == 0 else 0)  # one is enough: torchrun ends the others by it
 
 

@@ -85,10 +85,13 @@ def test_no_room_for_scores(train, refused, no_room, tmp_path, data):
     scores = tmp_path / "scores.csv"
     scores.write_text("before")
     words = ["--predict", data.csv, "--checkpoint", best, "--predictions_csv"]
-    assert f"{scores / 'a.csv'} must be writable" in refused(*words, scores / "a.csv")
+    assert f"{scores / '.a.csv.partial'} must be writable" in refused(*words, scores / "a.csv")
     assert "must be writable" in refused("--freeze_clip", out="scores.csv/out")
     no_room("scores.csv", 10)
-    assert f"{scores} must be writable" in refused(*words, scores)
+    assert "--overwrite" in refused(*words, scores)
+    assert f"{scores} must be writable" in refused(*words, scores, "--overwrite")
+    assert len((tmp_path / ".scores.csv.partial").read_text().splitlines()) == 37  # the key, rows
+    (tmp_path / ".scores.csv.partial").unlink()
     assert scores.read_text() == "before" and not list(tmp_path.glob(".*"))
 
 

@@ -135,7 +135,7 @@ def test_any_rows_to_score(place, rows, columns, suffix):
     saved = SimpleNamespace(name_column="name", prompt_column="prompt", image_base_dir=str(place))
     with ours():
         args = baseline.parse_args(["--predict", target])
-        frame, paths, prompts = baseline.scoring_frame(args, saved)
+        frame, paths, prompts, _ = baseline.scoring_frame(args, saved)
         assert len(frame) == len(paths) == len(prompts) > 0
         table = suffix in baseline.TABLES
         assert table or (paths == [target] and frame["name"].tolist() == [target.name])

@@ -3,8 +3,12 @@
 import contextlib
 import io
 import itertools
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +22,7 @@ from test_faults import BAD_IMAGES
 import baseline
 
 SCORES = ["quality", "consistency", "quality_base", "consistency_base"]
+ADDED = [*SCORES, "error", "rank_in_prompt"]
 HEADS = {
     "frozen": ["--freeze_clip"],
     "quick": ["--freeze_clip", "--quick_gelu"],
@@ -149,7 +154,7 @@ def test_every_cell_of_the_input_is_kept(score, data, tmp_path):
     columns = ["id", *COLUMNS, "=note"]
     shuffled = write_csv(tmp_path / "in.csv", rows, columns, encoding="utf-8-sig")
     result = score(shuffled, "--image_base_dir", data.images)
-    assert list(result.rows[0]) == columns + SCORES + ["error"]
+    assert list(result.rows[0]) == columns + ADDED
     assert [{c: row[c] for c in columns} for row in result.rows] == [
         {c: str(row[c]) for c in columns} for row in rows]
     assert all(row["error"] == "" for row in result.rows)
@@ -253,11 +258,14 @@ def test_a_csv_without_prompts(score, data, tmp_path):
             for i, row in enumerate(data.rows[:4])]
     some = score(write_csv(tmp_path / "some.csv", rows))
     assert [bool(row["consistency"]) for row in some.rows] == [True, True, False, True]
-    filled = by_name(score(tmp_path / "some.csv", "--prompt", rows[0]["prompt"]).rows)
+    filled = score(tmp_path / "some.csv", "--prompt", rows[0]["prompt"]).rows
+    assert [row["prompt"] for row in filled] == [
+        row["prompt"] if row["prompt"].strip() else rows[0]["prompt"] for row in rows]
+    filled = by_name(filled)
     assert not np.isnan(np.array(list(filled.values()))).any()
     path = write_csv(tmp_path / "names.csv", rows, ["name"])
     plain = score(path)
-    assert list(plain.rows[0]) == ["name", *SCORES, "error"] and plain.status == 0
+    assert list(plain.rows[0]) == ["name", *ADDED] and plain.status == 0
     assert all(row["quality"] and not row["consistency"] for row in some.rows[2:3] + plain.rows)
     given, want = score(path, "--prompt", rows[0]["prompt"]), by_name(score(data.csv).rows)
     assert_same_scores(by_name(given.rows), {row["name"]: want[row["name"]] for row in rows})
@@ -274,7 +282,7 @@ def test_columns_with_other_names(score, data, clips, tmp_path):
                      "--prompt_column", "text")
     checkpoint = out / "baseline_best.pt"
     own = score(renamed.csv, checkpoint=checkpoint)
-    assert list(own.rows[0]) == columns + SCORES + ["error"]
+    assert list(own.rows[0]) == columns + ADDED
     other = score(data.csv, "--name_column", "name", "--prompt_column", "prompt",
                   checkpoint=checkpoint)
     want = {row["file"]: np.array([float(row[c]) for c in SCORES]) for row in own.rows}
@@ -295,11 +303,11 @@ def test_columns_named_like_ours_are_not_lost(score, data, clips, tmp_path):
     assert "SROCC 1.0000" not in first.out and set(printed_metrics(first.out)) == {*SCORES[:2]}
     kept = ["name", "prompt", "quality_input_input", "consistency_input", "error_input",
             "keep_input", "quality_input"]
-    assert list(first.rows[0]) == [*kept, *SCORES, "error", "keep"]
+    assert list(first.rows[0]) == [*kept, *ADDED, "keep"]
     assert [[row[c] for c in kept] for row in first.rows] == [
         [str(row.get(c, "?")) for c in columns] for row in rows]
     again = score(shutil.copy(first.path, tmp_path / "again.csv"))
-    assert again.status == 0 and len(again.rows[0]) == len(kept) + 2 + 2 * len(SCORES) + 1
+    assert again.status == 0 and len(again.rows[0]) == len(kept) + 1 + 2 * len(ADDED)
     assert_same_scores(by_name(again.rows), by_name(score(data.csv).rows))
 
 
@@ -449,16 +457,13 @@ def test_every_kind_of_picture_scores_like_its_upright_rgb_twin(score, tmp_path)
     ("nothing.png", None, ["nothing.png"]), ("header.csv", b"name,prompt\n", ["row"]),
     ("other.csv", b"picture,prompt\na.png,dog\n", ["name", "picture, prompt", "--name_column"]),
     ("gbk.csv", "name,prompt\na.png,狗\n".encode("gbk"), ["gbk.csv", "UTF-8"]),
-    ("folder/notes.md", b"", ["folder", "no images"]),
-    ("folder/a.txt", "狗".encode("gbk"), ["a.txt", "UTF-8"])])
+    ("folder/notes.md", b"", ["folder", "no images"])])
 def test_what_cannot_be_scored_is_refused(score, tmp_path, name, content, words):
     """A target that is missing, empty or in another encoding is named with its remedy."""
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     if content is not None:
         path.write_bytes(content)
-    if name == "folder/a.txt":
-        draw(np.random.default_rng(5)).save(path.with_suffix(".png"))
     assert_refused(score(path.parent if path.parent != tmp_path else path), *words)
 
 
@@ -476,3 +481,136 @@ def test_changed_clip_weights_are_refused(score, data, clips, tmp_path):
     assert_refused(score(data.csv, checkpoint=checkpoint), "weights", str(clip))
     weights.write_bytes(whole)
     assert score(data.csv, checkpoint=checkpoint).status == 0
+
+
+def test_a_folder_of_links_hidden_and_other_files(score, data, folder, tmp_path, monkeypatch):
+    """Linked folders are entered once, links to files are rows, and what is left out is said."""
+    outside, one = tmp_path / "outside", data.images / data.rows[5]["name"]
+    outside.mkdir()
+    shutil.copy(one, outside / "far.png")
+    Image.init()
+    for suffix in (".heic", ".jxl"):  # as where no plugin is installed
+        monkeypatch.delitem(Image.EXTENSION, suffix, raising=False)
+    for link, target in (("deep/up", folder), ("linked", outside), ("again", outside),
+                         ("deep/out", outside), ("twin.png", one), ("gone.png", "nowhere")):
+        (folder / link).symlink_to(target)
+    (folder / ".hidden").mkdir()
+    for name in (".hidden/a.png", "._b.png", "bare", "odd.jpeg_large", "=1.png", "-2.png"):
+        shutil.copy(one, folder / name)
+    os.mkfifo(folder / "pipe.png")
+    for name in ("a.pdf", "b.h5", "c.mpg", "d.heic", "e", "f.jxl"):
+        (folder / name).write_bytes(b"\0" * 99)
+    (folder / "bare.txt").write_bytes("狗".encode("gbk"))
+    shutil.copy(one, os.fsencode(folder) + b"/caf\xe9.png")
+    result = score(folder, "--prompt", "a dog")
+    rows = {row["name"]: row for row in result.rows}
+    assert rows.keys() == {*(row["name"] for row in data.rows[:4]), "deep/五.png", "twin.png",
+                           "deep/out/far.png", "gone.png", "bare", "odd.jpeg_large", "=1.png",
+                           "-2.png", "caf\\xe9.png"}
+    assert {name for name, row in rows.items() if not row["quality"]} == {"gone.png"}
+    assert "bare.txt" in rows["bare"]["error"] and not rows["bare"]["consistency"]
+    assert result.status == 1 and "1 of 13 images" in result.out and "1 of 13 prompts" in result.out
+    for words in ("2 x hidden", "1 x .pdf (no picture", "1 x .h5", "1 x .mpg", "1 x .png",
+                  "1 x .heic (Pillow opens it after: pip install pillow-heif)",
+                  "1 x .jxl (Pillow opens it after: pip install pillow-jxl-plugin)",
+                  "1 x file without a suffix", "3 x link to a folder"):
+        assert words in result.out
+
+
+def test_scores_get_a_name_and_replace_nothing(score, trained, data, tmp_path, monkeypatch, capfd):
+    """The file is called like what is scored; an existing one is kept, unless by --overwrite."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data.images, tmp_path / "in" / "my.images")
+    words = ["--checkpoint", str(trained() / "baseline_best.pt"), "--num_workers", "0", "--predict"]
+    for target, name in (("in/my.images", "my.images_scores.csv"), (data.csv, "data_scores.csv")):
+        baseline.main([*words, str(target)])
+        with pytest.raises(SystemExit, match="2"):
+            baseline.main([*words, str(target)])
+        said = capfd.readouterr().err
+        assert f"{name} does: give another --predictions_csv, or --overwrite" in said
+        before = Path(name).read_bytes()
+        baseline.main([*words, str(target), "--overwrite", "--excel"])
+        assert Path(name).read_bytes() == b"\xef\xbb\xbf" + before
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+        patch.setattr(baseline, "load_scorer", None)  # refused before
+        baseline.main([*words, str(data.csv), "--predictions_csv", str(data.csv / "x.csv")])
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("tail", ["", "[0.5, 0.1", "[0.5]"])
+def test_a_stopped_run_goes_on(score, trained, data, tmp_path, monkeypatch, capfd, tail):
+    """Stopped twice, the scores are those of one run, bit for bit; a half line is dropped."""
+    whole = score(data.csv, "--batch_size", 5).path.read_bytes()
+    partial = tmp_path / ".s.csv.partial"
+    real, words = baseline.score_images, [
+        "--predict", str(data.csv), "--checkpoint", str(trained() / "baseline_best.pt"),
+        "--predictions_csv", str(tmp_path / "s.csv"), "--num_workers", "0", "--batch_size", "5"]
+    for stops, want in ((2, 10), (3, 25)):
+        def stopped(*args, stops=stops):
+            yield from itertools.islice(real(*args), stops)
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+            patch.setattr(baseline, "score_images", stopped)
+            baseline.main(words)
+        assert f"{want} of 36 rows are kept in {partial}" in capfd.readouterr().err
+        with open(partial, "a") as file:
+            file.write(tail)
+    changed = score(data.csv, "--batch_size", 5, "--prompt", "x", out="other.csv")
+    assert changed.status == 0 and not (tmp_path / "s.csv").exists()
+    shutil.copy(partial, tmp_path / ".t.csv.partial")  # of other images: not used
+    other = write_csv(tmp_path / "few.csv", data.rows[:30])
+    assert "going on" not in score(other, "--image_base_dir", data.images, out="t.csv").out
+    baseline.main(words)
+    assert "going on after 25 of 36 rows" in capfd.readouterr().out
+    assert (tmp_path / "s.csv").read_bytes() == whole and not partial.exists()
+
+
+def test_ranks_and_the_best_of_each_prompt(score, data):
+    """Ranks are by the mean of both scores within a prompt, equals by row; --keep_top counts."""
+    rows = score(data.csv, "--keep_top", 2, "--min_quality", 0).rows
+    for prompt in {row["prompt"] for row in rows}:
+        mine = [row for row in rows if row["prompt"] == prompt]
+        mean = [float(row["quality"]) + float(row["consistency"]) for row in mine]
+        ranks = [int(row["rank_in_prompt"]) for row in mine]
+        assert sorted(ranks) == [*range(1, len(mine) + 1)]
+        assert [mean[i] for i in np.argsort(ranks)] == pytest.approx(sorted(mean)[::-1], abs=2e-4)
+        assert [row["keep"] for row in mine] == [str(rank <= 2) for rank in ranks]
+    twins = [row["rank_in_prompt"] for row in score(data.images, "--keep_top", 1).rows]
+    assert sorted(map(int, twins)) == [*range(1, len(data.rows) + 1)]
+
+
+@pytest.mark.parametrize("bias, words", [(99.0, "nearly the same"), (np.nan, "no number for 36")])
+def test_scores_that_tell_nothing_are_warned_of(score, trained, data, tmp_path, bias, words):
+    """Constant scores and those that are no numbers do not pass for results."""
+    content = load(trained(), "baseline_best.pt")
+    content["state"]["quality.base.bias"] += bias
+    torch.save(content, tmp_path / "odd.pt")
+    result = score(data.csv, checkpoint=tmp_path / "odd.pt")
+    assert f"WARNING: quality is {words}" in result.out and result.status == 0
+    assert "WARNING" not in score(data.csv).out
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "gbk", "ascii"])
+def test_a_terminal_that_cannot_show_it(score, trained, data, tmp_path, encoding):
+    """What stdout cannot show is escaped; the CSV there is UTF-8 all the same."""
+    folder = tmp_path / "猫 é 🎨"
+    folder.mkdir()
+    shutil.copy(data.images / data.rows[0]["name"], os.fsencode(folder) + b"/\xe9\xff.png")
+    command = [sys.executable, baseline.__file__, "--predict", folder, "--prompt", "猫 é 🎨",
+               "--checkpoint", trained() / "baseline_best.pt", "--num_workers", "0"]
+    for name in (folder / "🎨.csv", "-"):
+        done = subprocess.run([*command, "--predictions_csv", name], capture_output=True,
+                              env=os.environ | {"PYTHONIOENCODING": encoding}, check=False)
+        assert (done.returncode, done.stderr) == (0, b"" if name != "-" else done.stderr)
+        csv = done.stdout if name == "-" else name.read_bytes()
+        assert b"\\xe9\\xff.png" in csv and "猫 é 🎨" in csv.decode("utf-8")
+
+
+def test_a_line_a_minute_without_a_terminal(monkeypatch, capsys):
+    """It says what is done, how fast, and how long it takes still."""
+    clock = itertools.count(0, 25)
+    monkeypatch.setattr(baseline.time, "monotonic", lambda: next(clock))
+    assert [*baseline.progress_bar(range(10), "score", 10)] == [*range(10)]
+    assert capsys.readouterr().out.splitlines() == [
+        f"score: {n} of 10, 0.04 a second, {left} left"
+        for n, left in ((3, "02:55"), (6, "01:40"), (9, "00:25"))]
