@@ -235,9 +235,9 @@ def build_parser():
     add("--checkpoint", default="outputs/baseline_best.pt", help="what --predict scores with")
     add("--prompt", help="of every image of --predict; a .txt file beside a folder's image wins")
     add("--predictions_csv", default="predictions.csv", help="of --predict; - for standard output")
-    add("--min_quality", type=number(-1e6),
+    add("--min_quality", type=number(-1000),
         help="add a column `keep`: quality at least this MOS")
-    add("--min_consistency", type=number(-1e6),
+    add("--min_consistency", type=number(-1000),
         help="the same for consistency; both must hold")
     return parser
 
@@ -2369,7 +2369,8 @@ def results(run):
                     f"largest_delta_{t}": float(size.max())}
         drawn = bootstrap({"run": pred[t]} | {name: of[t][rows] for name, of in run.floors.items()},
                           *run.table.frame[[t, "group_id"]].to_numpy()[rows].T)
-        if (drawn[[*run.floors]].quantile(0.975) < 0).any():
+        floors = drawn[[*run.floors]]
+        if ((floors.quantile(0.975) < 0) & (floors.std() > 0)).any():  # one group has no interval
             print(f"{TITLES[t]}: the SROCC of a floor is clearly below 0: higher scores must be "
                   f"better; turn DMOS round (its maximum minus each)")
         drawn = drawn.assign(**{name: drawn["run"] - drawn[name] for name in run.floors})  # gains
