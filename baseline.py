@@ -249,8 +249,8 @@ def build_parser():
         "<what is scored>_scores.csv in the current folder")
     add("--overwrite", **on, help="replace --predictions_csv where it exists")
     add("--excel", **on, help="write it with a byte order mark, by which Excel knows UTF-8")
-    add("--min_quality", type=number(-1e6), help="add a column `keep`: quality at least this MOS")
-    add("--min_consistency", type=number(-1e6), help="the same for consistency; all must hold")
+    add("--min_quality", type=number(-1000), help="add a column `keep`: quality at least this MOS")
+    add("--min_consistency", type=number(-1000), help="the same for consistency; all must hold")
     add("--keep_top", type=positive_int, help="the same for the best images of each prompt")
     return parser
 
@@ -2636,7 +2636,8 @@ def results(run):
                     f"largest_delta_{t}": float(size.max())}
         drawn = bootstrap({"run": pred[t]} | {name: of[t][rows] for name, of in run.floors.items()},
                           *run.table.frame[[t, "group_id"]].to_numpy()[rows].T)
-        if (drawn[[*run.floors]].quantile(0.975) < 0).any():
+        floors = drawn[[*run.floors]]
+        if ((floors.quantile(0.975) < 0) & (floors.std() > 0)).any():  # one group has no interval
             print(f"{TITLES[t]}: the SROCC of a floor is clearly below 0: higher scores must be "
                   f"better; turn DMOS round (its maximum minus each)")
         drawn = drawn.assign(**{name: drawn["run"] - drawn[name] for name in run.floors})  # gains

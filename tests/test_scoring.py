@@ -532,7 +532,7 @@ def test_scores_get_a_name_and_replace_nothing(score, trained, data, tmp_path, m
         baseline.main([*words, str(target), "--overwrite", "--excel"])
         assert Path(name).read_bytes() == b"\xef\xbb\xbf" + before
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
-        patch.setattr(baseline, "load_scorer", None)  # refused before
+        patch.setattr(baseline, "Scorer", None)  # refused before
         baseline.main([*words, str(data.csv), "--predictions_csv", str(data.csv / "x.csv")])
     assert not list(tmp_path.glob(".*"))
 
@@ -542,7 +542,7 @@ def test_a_stopped_run_goes_on(score, trained, data, tmp_path, monkeypatch, capf
     """Stopped twice, the scores are those of one run, bit for bit; a half line is dropped."""
     whole = score(data.csv, "--batch_size", 5).path.read_bytes()
     partial = tmp_path / ".s.csv.partial"
-    real, words = baseline.score_images, [
+    real, words = baseline.Scorer.batches, [
         "--predict", str(data.csv), "--checkpoint", str(trained() / "baseline_best.pt"),
         "--predictions_csv", str(tmp_path / "s.csv"), "--num_workers", "0", "--batch_size", "5"]
     for stops, want in ((2, 10), (3, 25)):
@@ -550,7 +550,7 @@ def test_a_stopped_run_goes_on(score, trained, data, tmp_path, monkeypatch, capf
             yield from itertools.islice(real(*args), stops)
             raise KeyboardInterrupt
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-            patch.setattr(baseline, "score_images", stopped)
+            patch.setattr(baseline.Scorer, "batches", stopped)
             baseline.main(words)
         assert f"{want} of 36 rows are kept in {partial}" in capfd.readouterr().err
         with open(partial, "a") as file:
