@@ -3085,7 +3085,8 @@ def folder_images(folder):
         names[:] = sorted({*names} - hidden, key=lambda name: (  # what is really there comes first
             os.path.islink(os.path.join(place, name)), name))
         for path in (Path(place, name) for name in {*files} - hidden):
-            suffix = path.suffix.lower()
+            if (suffix := path.suffix.lower()) == ".txt":  # prompts
+                continue
             try:
                 if path.exists() and not path.is_file():
                     raise OSError("neither a file nor a folder")
