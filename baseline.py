@@ -2402,7 +2402,8 @@ def load_checkpoint(path):
             raise ValueError(f"it has version {content['version']}, this baseline.py reads "
                              f"{FORMAT_VERSION}: use the one that wrote it, whose commit is in its "
                              f"config.json, or train again")
-        return content | {"path": name}
+        plain = {"targets": TARGETS, "offsets": dict.fromkeys(TARGETS, 0.0)}  # of older runs
+        return plain | content | {"path": name}
     except Exception as error:  # zip, pickle and tensor errors all mean the same to a user
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         beside = [other for other in path.parent.glob("baseline_*.pt")
@@ -3121,10 +3122,10 @@ def scoring_frame(args, saved):
         places = ([Path(args.image_base_dir)] if "image_base_dir" in args.explicit else
                   [target.parent, target.parent / "images", Path(saved.image_base_dir)])
         base = max(places, key=lambda place: sum(os.path.isfile(place / n) for n in names))
-        texts = [""] * len(frame) if texts is None else texts
-        prompts = [text if text.strip() else args.prompt or "" for text in texts]
-        for cells in [cells_of(frame, saved.prompt_column)] * bool(args.prompt):
-            frame[saved.prompt_column if cells is None else cells.name] = prompts
+        prompts = [text if text.strip() else args.prompt or ""
+                   for text in ([""] * len(frame) if texts is None else texts)]
+        if args.prompt:
+            frame[saved.prompt_column if texts is None else texts.name] = prompts
         return frame, [base / name for name in names], prompts, errors
     paths = [target] if target.is_file() else folder_images(target)
     if not paths:
@@ -3166,8 +3167,8 @@ class Scorer(nn.Module):
                     setattr(twin, name, parameter)
         load_trained_state(self.model, content["state"], content["path"])
         self.args, self.saved = argparse.Namespace(**vars(args) | {"cache": "off"}), saved
-        self.targets, self.scales = content.get("targets", TARGETS), content["scales"]
-        self.offsets = content.get("offsets", dict.fromkeys(TARGETS, 0.0))
+        self.targets, self.scales = content["targets"], content["scales"]
+        self.offsets = content["offsets"]
         self.requires_grad_(False).to(device).eval()
 
     def train(self, mode=True):
@@ -3410,13 +3411,12 @@ def score_rows(args, content, partial, key, paths, prompts, device):
 
 def judge(frame, pred, expected, saved, content):
     """Print metrics where there are human scores, and warn where the scores tell nothing."""
-    offsets = content.get("offsets", dict.fromkeys(TARGETS, 0.0))
-    for t, column in (("q", saved.quality_column), ("c", saved.consistency_column)):
-        if t not in content.get("targets", TARGETS):
-            continue
-        scores = cells_of(frame, column)
+    columns = {"q": saved.quality_column, "c": saved.consistency_column}
+    for t in content["targets"]:
+        scores = cells_of(frame, columns[t])
         scores = pd.Series("", frame.index) if scores is None else scores.str.replace(",", ".")
-        mos = (pd.to_numeric(scores, errors="coerce") - offsets[t]) / content["scales"][t]
+        mos = pd.to_numeric(scores, errors="coerce") - content["offsets"][t]
+        mos /= content["scales"][t]
         good = np.isfinite(mos) & np.isfinite(pred[t])
         if good.any():
             measured = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
@@ -3438,12 +3438,11 @@ def add_columns(args, frame, pred, prompts, errors, content):
     Ranks are by the mean of the scores on [0, 1], of quality alone where there is no prompt;
     equals rank in the order of their rows.
     """
-    targets = list(content.get("targets", TARGETS))
+    targets = list(content["targets"])
     for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
         free = (name + "_input" * k for k in itertools.count(1))
         frame = frame.rename(columns={name: next(n for n in free if n not in frame)})
-    frame = add_scores(frame, pred, content["scales"],
-                       content.get("offsets", dict.fromkeys(TARGETS, 0.0)), targets)
+    frame = add_scores(frame, pred, content["scales"], content["offsets"], targets)
     mean = pred[targets].clip(0, 1).mean(axis=1).round(6)
     rank = mean.groupby(np.array(prompts, dtype=object)).rank(method="first", ascending=False)
     frame["error"], frame["rank_in_prompt"] = errors, rank.astype("Int64")
@@ -3467,7 +3466,7 @@ def predict(args):
         content = load_checkpoint(args.checkpoint)
         named = {flag for flag in args.explicit if flag.endswith("_column")}
         saved = argparse.Namespace(**content["args"] | {k: getattr(args, k) for k in named})
-        refuse_untrained_limits(args, content.get("targets", TARGETS))
+        refuse_untrained_limits(args, content["targets"])
         frame, paths, prompts, unread = scoring_frame(args, saved)
         if "precision" not in args.explicit:
             args.precision = saved.precision

@@ -101,16 +101,15 @@ def test_a_recipe_makes_what_its_command_reads(tmp_path, monkeypatch, section, m
         at = words.index("--split_column")
         split = pd.read_csv("data.csv")[words[at + 1]]
         assert split.tolist() == [name.split("/")[0] for name in want]
-        del words[at:at + 2]
-    header = pd.read_csv("data.csv").columns
-    own = [name for name in ("mos_quality", "mos_align") if name in header]
-    table = baseline.load_table(baseline.parse_args([  # a single score stands for both
-        *words, "--quality_column", own[0], "--consistency_column", own[-1]]))
-    got = {row["name"]: (row["prompt"], row["q"] * table.scales["q"], row["c"] * table.scales["c"])
-           for _, row in table.frame.iterrows()}
-    assert {name: row[0] for name, row in got.items()} == {k: row[0] for k, row in want.items()}
-    for name, (_, *mos) in want.items():
-        assert np.allclose(got[name][1:], mos, rtol=1e-5)
+    table = baseline.load_table(baseline.parse_args(words))
+    assert [f"mos_{'quality' if t == 'q' else 'align'}" in pd.read_csv("data.csv")
+            for t in "qc"] == [t in table.targets for t in "qc"]
+    for _, row in table.frame.iterrows():
+        prompt, *mos = want.pop(row["name"])
+        assert row["prompt"] == prompt
+        scores = [row[t] * table.scales[t] for t in table.targets]
+        assert np.allclose(scores, mos if len(scores) > 1 else mos[:1], rtol=1e-5)
+    assert not want
 
 
 def test_there_are_five():

@@ -111,17 +111,27 @@ def test_metrics_and_predictions_of_rows_that_have_the_score(train, changed):
         assert run.row[f"val_srocc_{t}"] == pytest.approx(scipy.stats.spearmanr(*zip(*pairs))[0])
 
 
-def test_resuming_one_score_ends_with_the_same_weights(train, changed, flags, tmp_path):
+def test_resuming_one_score_ends_with_the_same_weights(train, changed, tmp_path, monkeypatch):
     """A run of one score resumes exactly; its images are scored without the other."""
-    data = changed(without=["mos_align"])
+    data, real = changed(without=["mos_align"]), baseline.train_one_epoch
     whole = train(*HEADS, data=data)
-    train(*HEADS, "--epochs", 2, data=data, out="half")
-    half = load(tmp_path / "half")
-    assert same_tensors(half["state"], load(whole.folder)["state"])
+
+    def die(run, epoch):
+        if epoch > 1:
+            raise MemoryError
+        return real(run, epoch)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(baseline, "train_one_epoch", die)
+        train(*HEADS, data=data, out="half")
+    half = tmp_path / "half"
+    assert load(half)["progress"]["epoch"] == 1
+    baseline.main(["--resume_from", half / "baseline_last.pt"])
+    assert same_tensors(load(half)["state"], load(whole.folder)["state"])
     scores = tmp_path / "scores.csv"
     baseline.main(["--predict", data.images, "--checkpoint", whole.folder / "baseline_best.pt",
                    "--predictions_csv", scores, "--num_workers", 0])
-    assert list(read_csv(scores)[0]) == ["name", "prompt", "quality", "quality_base", "error"]
+    assert list(read_csv(scores)[0]) == ["name", "prompt", "quality", "quality_base", "error",
+                                         "rank_in_prompt"]
 
 
 def test_scores_without_any_prompt(train, changed, capsys):
