@@ -789,7 +789,7 @@ def load_clip(args, seed, content=None):
     content: of the checkpoint that needs this CLIP, wherever it lies now. The weights must be the
     same, the rest of the identity is the checkpoint's; an exported one has the weights as well.
     """
-    name, pretrained, tags = args.clip_model, args.pretrained, []
+    name, pretrained = args.clip_model, args.pretrained
     known, own = (content or {}).get("identity", {}), (content or {}).get("clip")
     from_file, random = os.path.isfile(pretrained) and not own, pretrained == "none" and not own
     torch.default_generator.manual_seed(seed)  # a CLIP is built on the CPU
@@ -801,7 +801,6 @@ def load_clip(args, seed, content=None):
             if config is None:
                 near = difflib.get_close_matches(name, open_clip.list_models(), 3)
                 raise ValueError(f"no such model; near names: {', '.join(near) or 'none'}")
-            tags = open_clip.list_pretrained_tags_by_model(name)
             tokenizer = open_clip.get_tokenizer(name)  # first: it may lack a package
             tag = known or open_clip.get_pretrained_cfg(name, pretrained) or {}
             quick_gelu = bool(args.quick_gelu or config.get("quick_gelu") or tag.get("quick_gelu"))
@@ -816,19 +815,7 @@ def load_clip(args, seed, content=None):
             elif from_file:
                 open_clip.load_checkpoint(model, pretrained)
     except Exception as error:  # open_clip, hub, pickle, zip, safetensors: each in its own ways
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        if isinstance(error, ImportError):
-            reason += f": pip install {error.name}"
-        if "TorchScript" in reason:
-            reason = "it is TorchScript, as OpenAI's files are: give --pretrained openai"
-        moved = (f" {content['path']} was trained from it: give its new place with --clip_model."
-                 if known else "")
-        raise UserError(f"--clip_model {name} --pretrained {pretrained} cannot be loaded "
-                        f"({reason}).{moved} The model is a name that open_clip knows, or "
-                        f"local-dir:PATH with open_clip_config.json and weights; --pretrained is "
-                        f"none, a file of its state dict (and --quick_gelu for an OpenAI release), "
-                        f"or a tag ({', '.join(tags) or 'it has none'}), which is downloaded once; "
-                        f"or try --demo.") from error
+        raise clip_error(args, error, content) from error
     if random:
         print(f"WARNING: {name} starts from RANDOM weights (--pretrained none)")
     if from_file and not (known or quick_gelu) and OPENAI_NAME.search(pretrained):
@@ -844,6 +831,23 @@ def load_clip(args, seed, content=None):
         "model": name, "pretrained": pretrained, "weights": digest.hexdigest(),
         "quick_gelu": quick_gelu, "embed_dim": config["embed_dim"],
         "preprocess": model.visual.preprocess_cfg}
+
+
+def clip_error(args, error, content):
+    """Return the UserError of a CLIP that cannot be loaded; content: see load_clip."""
+    name, reason = args.clip_model, (str(error).strip() or repr(error)).splitlines()[0][:200]
+    if isinstance(error, ImportError):
+        reason += f": pip install {error.name}"
+    if "TorchScript" in reason:
+        reason = "it is TorchScript, as OpenAI's files are: give --pretrained openai"
+    moved = (f" {content['path']} was trained from it: give its new place with --clip_model."
+             if content else "")
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "it has none"
+    return UserError(f"--clip_model {name} --pretrained {args.pretrained} cannot be loaded "
+                     f"({reason}).{moved} The model is a name that open_clip knows, or "
+                     f"local-dir:PATH with open_clip_config.json and weights; --pretrained is "
+                     f"none, a file of its state dict (and --quick_gelu for an OpenAI release), "
+                     f"or a tag ({tags}), which is downloaded once; or try --demo.")
 
 
 def plain_attention(config):
