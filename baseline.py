@@ -1300,12 +1300,15 @@ def metrics(pred, mos, targets=TARGETS):
     return measured
 
 
-def selection_score(values, select_by):
-    """Return the SROCC that picks the best epoch, -inf where it is undefined."""
-    chosen = {"quality": "q", "consistency": "c", "mean": "qc"}[select_by]
-    score = float(np.mean([values[name] for name in (f"srocc_{target}" for target in chosen)
-                           if name in values]))
-    return -math.inf if math.isnan(score) else score
+def selection_score(values, args):
+    """Return the SROCC that picks the best epoch; the mean is over the targets with a weight.
+
+    An undefined one counts as 0 beside another one (a constant ranks nothing); -inf if all are.
+    """
+    chosen = {"quality": "q", "consistency": "c",
+              "mean": [t for t in TARGETS if getattr(args, f"w_{t}")]}[args.select_by]
+    sroccs = np.array([values[f"srocc_{t}"] for t in chosen if f"srocc_{t}" in values])
+    return -math.inf if np.isnan(sroccs).all() else float(np.nan_to_num(sroccs).mean())
 
 
 # --- training -------------------------------------------------------------------------------
@@ -1331,7 +1334,8 @@ class Run:
     floors: dict  # {name: {"q", "c"} of (N,) predictions}
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    progress: dict  # epoch, best_epoch, best_score, epochs waited, log rows: a checkpoint has them
+    progress: dict  # of a checkpoint: epoch, best_epoch, best_score, log rows, epochs waited since
+    # the score last beat the reference by --early_stopping_min_delta
 
 
 def head_lr(args):
@@ -1360,7 +1364,7 @@ def lr_factor(update, per_epoch, args):
         return (update + 1) / warmup
     done = (update - warmup) / max(1, total - warmup)
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2,
-            "step": args.step_lr_gamma ** (update // per_epoch // args.step_lr_step_size)
+            "step": args.step_lr_gamma ** ((update - warmup) // per_epoch // args.step_lr_step_size)
             }[args.scheduler]
 
 
@@ -1510,7 +1514,8 @@ def fit(run):
     patience = args.early_stopping_patience or math.inf
     if "best_epoch" not in progress:  # epoch 0 is a candidate for the best
         values = evaluate(run, "val")[1]
-        progress |= {"best_epoch": 0, "best_score": selection_score(values, args.select_by)}
+        score = selection_score(values, args)
+        progress |= {"best_epoch": 0, "best_score": score, "reference": score}
         floors = "; ".join(f"{name} " + " / ".join(
             f"{measured[f'srocc_{t}']:.4f}" for t in run.table.targets)
             for name, measured in floor_metrics(run, "val").items())
@@ -1523,10 +1528,11 @@ def fit(run):
         row = {f"train_{name}": value for name, value in train_one_epoch(run, epoch).items()}
         rate = len(run.parts["train"]) / (time.perf_counter() - began)
         values = evaluate(run, "val")[1]
-        score = selection_score(values, args.select_by)
-        gained = score > progress["best_score"] + args.early_stopping_min_delta
+        score = selection_score(values, args)
         better = score > progress["best_score"]
-        progress |= {"epoch": epoch, "waited": 0 if gained else progress["waited"] + 1}
+        progress |= {"epoch": epoch, "waited": progress["waited"] + 1}
+        if score > progress["reference"] + args.early_stopping_min_delta:  # small gains add up
+            progress |= {"reference": score, "waited": 0}
         progress |= {"best_epoch": epoch, "best_score": score} if better else {}
         row |= {f"val_{name}": value for name, value in values.items()}
         row |= {"epoch": epoch, "best": progress["best_score"],
@@ -2471,7 +2477,7 @@ def resume(run, content):
     run.optimizer.load_state_dict(content.pop("optimizer"))
     if content["scaler"]:  # else it was trained in another precision
         run.scaler.load_state_dict(content["scaler"])
-    run.progress.update(content["progress"])
+    run.progress.update({"reference": content["progress"]["best_score"]} | content["progress"])
     best, kept = (Path(folder, "baseline_best.pt") for folder in (
         Path(path).parent, run.args.output_dir))
     if not best.exists() and run.progress["epoch"] != run.progress["best_epoch"]:
@@ -2594,10 +2600,13 @@ def bootstrap(preds, mos, groups, draws=1000):
     """Return a DataFrame (draws, names) of SROCC of several predictions, by bootstrap over prompts.
 
     Images of one prompt are not independent, so prompts are drawn, not images (cluster bootstrap:
-    Davison and Hinkley, 1997). preds: {name: (n,)}; mos, groups: (n,). A constant draw has none.
+    Davison and Hinkley, 1997). preds: {name: (n,)}; mos, groups: (n,). A constant draw has none,
+    and a single prompt has no spread: all NaN.
     """
     rng, sroccs = np.random.default_rng(0), []
     members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
+    if len(members) < 2:
+        return pd.DataFrame(math.nan, range(draws), list(preds))
     both = np.stack([mos, *preds.values()])
     for _ in range(draws):
         rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
@@ -2624,7 +2633,8 @@ def results(run):
     judged, preds = "test" if scored.min() > 1 else "val", {}
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": args.command, "seed": run.seed,
            "split": split_hash(run), "part": judged, "best_epoch": gather(epoch)[0],
-           "epochs_run": run.progress["epoch"]}
+           "epochs_run": run.progress["epoch"],
+           **{f"images_{part}": len(rows) for part, rows in run.parts.items()}}
     for part in [part for part in ("val", "test", "train") if len(run.parts[part])]:
         preds[part], measured = evaluate(run, part)
         row |= {f"{part}_{name}": value for name, value in measured.items() if name != "loss"}
@@ -2672,18 +2682,21 @@ def verdict(row):
     """Return the lines below the table: gains over the floors, and of one run gap and tier."""
     interval_free = not any(key.endswith("_low") for key in row)
 
+    def interval(key, form):
+        low, high = row[f"{key}_low"], row[f"{key}_high"]
+        return "no interval" if math.isnan(low) else f"{low:{form}}..{high:{form}}"
+
     def gain(key):
-        if not interval_free:
-            return f"{row[key]:+.4f} ({row[f'{key}_low']:+.4f}..{row[f'{key}_high']:+.4f})"
-        return f"{row[key]:+.4f} +- {row['sd'][key]:.4f}"  # of seeds on one split
+        return f"{row[key]:+.4f} " + (f"+- {row['sd'][key]:.4f}" if interval_free  # over seeds
+                                      else f"({interval(key, '+.4f')})")
     lines = [f"gain over {title}, paired, {'mean +- SD' if interval_free else '95 %'}: " + (
         ", ".join(f"{t.upper()} {gain(key)}" for t in TARGETS
                   if (key := f"gain_{name}_{t}") in row))
         for name, title in FLOORS.items() if {f"gain_{name}_q", f"gain_{name}_c"} & set(row)]
     return lines + [
-        f"{TITLES[t]}: 95 % interval of SROCC {row[f'interval_{t}_low']:.3f}.."
-        f"{row[f'interval_{t}_high']:.3f}, validation SROCC {row[f'val_srocc_{t}']:.4f}, Train-Val "
-        f"Gap {row[f'gap_{t}']:+.4f}, tier {row[f'tier_{t}']}"
+        f"{TITLES[t]}: 95 % interval of SROCC {interval(f'interval_{t}', '.3f')}, validation SROCC "
+        f"{row[f'val_srocc_{t}']:.4f}, Train-Val Gap {row[f'gap_{t}']:+.4f}, tier "
+        f"{row[f'tier_{t}']}"
         for t in TARGETS if f"tier_{t}" in row]
 
 
@@ -2779,13 +2792,22 @@ def archive_old_run(args):
     gather(None)
 
 
+def split_margin(sd, splits, ratio):
+    """Return half the width of the 95 % interval of a mean over random splits.
+
+    The splits share images, so that their spread alone is too small: corrected resampled t (Nadeau
+    and Bengio, 2003). sd: over the splits; ratio: judged images / training images.
+    """
+    return scipy.stats.t.ppf(0.975, splits - 1) * math.sqrt(1 / splits + ratio) * sd
+
+
 def train_repeats(args, table):
     """Train on several splits; a repeat that was finished before is kept, one that began goes on.
 
     With a split column the seeds alone differ: then there is no interval over splits.
 
     Returns {"repeats": rows, "mean", "sd": by the rows' keys, "gain_<floor>_<target>": mean of the
-    paired differences over splits, .._low, .._high: its 95 % t interval}.
+    paired differences over splits, .._low, .._high: its 95 % interval, see split_margin}.
     """
     folders = {seed: Path(args.output_dir, f"repeat_{seed}")
                for seed in range(args.seed, args.seed + args.repeats)}
@@ -2810,7 +2832,8 @@ def train_repeats(args, table):
     numbers = frame[[name for name in frame if name[-2:] in ("_q", "_c")
                      and not name.startswith("tier")]].astype(float)
     mean, sd = numbers.mean(), numbers.std()
-    margin = scipy.stats.t.ppf(0.975, len(rows) - 1) / math.sqrt(len(rows)) * sd
+    judged, trained = frame[f"images_{rows[0]['part']}"].mean(), frame["images_train"].mean()
+    margin = split_margin(sd, len(rows), judged / trained)
     result = {"repeats": rows, "part": rows[0]["part"], "mean": mean.to_dict(), "sd": sd.to_dict(),
               "output_dir": args.output_dir, "command": args.command}
     for name in [name for name in numbers if name.startswith("gain_")]:

@@ -54,7 +54,7 @@ def factor(scheduler, update, per_epoch=2, epochs=3, warmup=1):
         return (update + 1) / warmup
     done = (update - warmup) / (per_epoch * epochs - warmup)
     return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1,
-            "step": 0.5 ** (update // per_epoch // 2)}[scheduler]
+            "step": 0.5 ** ((update - warmup) // per_epoch // 2)}[scheduler]
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant", "step"])
@@ -145,6 +145,10 @@ def test_every_head_learns(train, more):
     ([0.1, 0.2, 0.5, 0.3, 0.4, 0.45, 0.9], ["--early_stopping_patience", 3], 5, 2),
     ([0.1, 0.21, 0.25, 0.28, 0.5, 0.6, 0.7], ["--early_stopping_patience", 2,
                                               "--early_stopping_min_delta", 0.1], 3, 3),
+    ([0.1, 0.15, 0.25, 0.3, 0.4, 0.45, 0.55], ["--early_stopping_patience", 2,
+                                               "--early_stopping_min_delta", 0.1], 6, 6),
+    ([0.1, 0.12, 0.14, 0.16, 0.5, 0.6, 0.7], ["--early_stopping_patience", 2,
+                                              "--early_stopping_min_delta", 0.1], 2, 2),
     ([0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], [], 6, 0)])
 def test_early_stopping_waits_and_keeps_the_best(train, monkeypatch, scores, more, ran, best):
     """Training stops `patience` epochs after the last gain of min_delta; the best epoch counts."""
@@ -196,15 +200,18 @@ def test_metrics_equal_their_definitions(ties):
 
 
 def test_correlations_that_are_undefined_are_nan_and_never_the_best():
-    """A constant side, or a prediction that is not finite, scores minus infinity."""
+    """A constant side, or a prediction that is not finite, is never the best; it stops no other."""
+    def score(by, **weights):
+        return baseline.selection_score(found, SimpleNamespace(
+            **{"w_q": 0.5, "w_c": 0.5} | weights, select_by=by))
     x, one, bad = np.arange(5.0), np.ones(5), np.array([1, 2, math.nan, 4, 5])
     for pred, mos in ((one, x), (x, one), (bad, x)):
         found = baseline.metrics({"q": pred, "c": x}, {"q": mos, "c": x})
         assert all(math.isnan(found[f"{name}_q"]) for name in ("srocc", "plcc", "krocc"))
         assert found["srocc_c"] == pytest.approx(1)
-        assert baseline.selection_score(found, "mean") == -math.inf
-        assert baseline.selection_score(found, "quality") == -math.inf
-        assert baseline.selection_score(found, "consistency") == pytest.approx(1)
+        assert score("mean") == pytest.approx(0.5)
+        assert score("mean", w_c=0) == score("quality") == -math.inf
+        assert score("consistency") == score("mean", w_q=0) == pytest.approx(1)
 
 
 def test_undefined_metrics_are_null_in_json(train, data, tmp_path, capsys):
