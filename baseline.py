@@ -749,9 +749,8 @@ def as_rgb(image):
 
     Deep grey, one number a pixel: white is the least of 1, 255 and 65535 that no pixel exceeds.
     """
-    image = image.copy()
     with contextlib.suppress(Exception):  # damaged EXIF turns nothing
-        ImageOps.exif_transpose(image, in_place=True)
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         values = np.asarray(image, float)
         white = min((top for top in (1, 255, 65535) if values.max() <= top), default=math.nan)
@@ -3260,10 +3259,11 @@ class Scorer(nn.Module):
     def batches(self, images, prompts, start=0):
         """Yield (rows, DataFrame of PREDICTIONS, {row: why unreadable}) of all batches from a row.
 
-        The processes of torchrun share each batch, and all of them get the whole.
+        The processes of torchrun share each batch, and all of them get the whole. All prompts are
+        embedded, whatever the first row is: so the rest is bit for bit that of a whole run.
         """
         steps = list(deal(np.arange(start, len(images)), self.args.batch_size))
-        scored = self.scored(images, [""] * start + list(prompts[start:]), [r for r, _ in steps])
+        scored = self.scored(images, prompts, [rows for rows, _ in steps])
         for (_, kept), pred in zip(steps, scored):
             pred = pd.concat(gather(pred[kept > 0])).sort_index()
             error = pred.pop("error")

@@ -46,7 +46,8 @@ def predict(data, tmp_path, checkpoint, *more):
     """Score the data by the command line; returns the written scores."""
     out = tmp_path / "scores.csv"
     baseline.main(["--predict", str(data.csv), "--image_base_dir", str(data.images), "--checkpoint",
-                   str(checkpoint), "--predictions_csv", str(out), *map(str, more)])
+                   str(checkpoint), "--predictions_csv", str(out), "--overwrite",
+                   *map(str, more)])
     return pd.read_csv(out)[SCORES]
 
 

@@ -130,7 +130,8 @@ def assert_same_scores(a, b):
 def assert_same_training(a, b):
     """Compare weights, gradient moments, log and result of two runs."""
     one, two = load(a), load(b)
-    torch.testing.assert_close(one["state"], two["state"], atol=1e-6, rtol=0)
+    # AdamW makes a step of its rate of any gradient, so a tiny one's rounding shows: 1 % of a step.
+    torch.testing.assert_close(one["state"], two["state"], atol=5e-6, rtol=0)
     # AdamW hardly depends on the gradient's scale: its moments do.
     one, two = one["optimizer"]["state"], two["optimizer"]["state"]
     assert set(one) == set(two)

@@ -91,7 +91,7 @@ def test_scoring_reads_the_same_kinds(rows, data, tmp_path, kind):
     """Rows, images and prompts of --predict are those of the file; its columns keep their names."""
     KINDS[kind](tmp_path / kind, rows)
     args = baseline.parse_args(["--predict", tmp_path / kind, "--image_base_dir", data.images])
-    frame, paths, prompts = baseline.scoring_frame(args, args)
+    frame, paths, prompts, _ = baseline.scoring_frame(args, args)
     assert prompts == [row["prompt"] for row in rows] and list(frame) == COLUMNS
     assert paths == [data.images / row["name"] for row in rows]
 
@@ -106,7 +106,7 @@ def test_headers_of_the_input_stay(tmp_path, kind):
     else:
         pd.DataFrame(cells).to_excel(path, header=False, index=False)
     args = baseline.parse_args(["--predict", path])
-    frame, _, _ = baseline.scoring_frame(args, args)
+    frame, _, _, _ = baseline.scoring_frame(args, args)
     assert [[*frame], *frame.to_numpy().tolist()] == cells
 
 
@@ -199,7 +199,7 @@ def test_a_reader_that_is_not_installed(rows, tmp_path, kind, package):
 
 
 @pytest.mark.parametrize("column, bad", [("mos_quality", "n/a"), ("mos_align", "4/5"),
-                                         ("mos_align", "1.234,5"), ("mos_quality", "-1,5")])
+                                         ("mos_align", "1.234,5"), ("mos_quality", "--1,5")])
 def test_the_first_bad_value_is_shown(refuse, rows, tmp_path, column, bad):
     """The value stands there with its row."""
     rows[3][column] = bad
