@@ -1302,12 +1302,12 @@ def metrics(pred, mos, targets=TARGETS):
 def selection_score(values, args):
     """Return the SROCC that picks the best epoch; the mean is over the targets with a weight.
 
-    An undefined one counts as 0 beside another one (a constant ranks nothing); -inf if all are.
+    An undefined one counts as -1, the worst, beside another one; -inf if all are undefined.
     """
     chosen = {"quality": "q", "consistency": "c",
               "mean": [t for t in TARGETS if getattr(args, f"w_{t}")]}[args.select_by]
     sroccs = np.array([values[f"srocc_{t}"] for t in chosen if f"srocc_{t}" in values])
-    return -math.inf if np.isnan(sroccs).all() else float(np.nan_to_num(sroccs).mean())
+    return -math.inf if np.isnan(sroccs).all() else float(np.nan_to_num(sroccs, nan=-1).mean())
 
 
 # --- training -------------------------------------------------------------------------------
