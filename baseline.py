@@ -72,13 +72,14 @@ DEMO = dict(data_csv_path=str(HERE / "data/demo/data.csv"),
             epochs=8, lr=3e-4, head_lr=1e-3, dropout=0.4, batch_size=16, weight_decay=0.05,
             num_workers=0)
 
-# Flags that only do something together with another one.
-DEPENDENT_FLAGS = {"freeze_layers": "partial_freeze", "refinement_layers": "use_refinement",
-                   "refinement_heads": "use_refinement", "refinement_dim": "use_refinement",
-                   "w_exp": "use_explanations", "explanation_column": "use_explanations",
-                   "checkpoint": "predict or --export",
-                   **dict.fromkeys(("prompt", "predictions_csv", "overwrite", "excel",
-                                    "min_quality", "min_consistency", "keep_top"), "predict")}
+# Flags that only do something together with one of others: {others: flags}.
+DEPENDENT_FLAGS = {
+    ("partial_freeze",): ("freeze_layers",),
+    ("use_refinement",): ("refinement_layers", "refinement_heads", "refinement_dim"),
+    ("use_explanations",): ("w_exp", "explanation_column"),
+    ("predict", "export"): ("checkpoint",),
+    ("predict",): ("prompt", "predictions_csv", "overwrite", "excel", "min_quality",
+                   "min_consistency", "keep_top")}
 
 
 class UserError(Exception):
@@ -297,16 +298,24 @@ def parse_args(argv=None):
              f"--no_amp means --precision fp32, not {args.precision}: drop one of them")):
         if wrong:
             parser.error(message)
-    for flag, needed in DEPENDENT_FLAGS.items():
-        if flag in given and not any(map(vars(args).get, needed.split(" or --"))) and RANK == 0:
-            print(f"WARNING: --{flag} does nothing without --{needed}", file=sys.stderr)
-    if args.grad_checkpointing and args.freeze_clip and RANK == 0:
-        print("WARNING: --grad_checkpointing does nothing with --freeze_clip", file=sys.stderr)
+    if RANK == 0:
+        warn_of_idle_flags(args, given)
     if args.no_amp:
         args.precision = "fp32"
         args.explicit.add("precision")
     args.cache_dir = args.cache_dir or str(Path(args.output_dir) / "cache")
     return args
+
+
+def warn_of_idle_flags(args, given):
+    """Say which of the given flags do nothing without another one."""
+    for others, flags in DEPENDENT_FLAGS.items():
+        idle = not any(getattr(args, other) for other in others)
+        for flag in [flag for flag in flags if flag in given and idle]:
+            print(f"WARNING: --{flag} does nothing without --{' or --'.join(others)}",
+                  file=sys.stderr)
+    if args.grad_checkpointing and args.freeze_clip:
+        print("WARNING: --grad_checkpointing does nothing with --freeze_clip", file=sys.stderr)
 
 
 if __name__ == "__main__":
@@ -487,6 +496,12 @@ def cells_of(frame, column):
     return joined
 
 
+def numbers_of(cells):
+    """Return cells as float64, NaN where they are none; a comma is a decimal point."""
+    texts = cells.str.strip().str.replace(",", ".")
+    return pd.to_numeric(texts, errors="coerce").astype(float)
+
+
 def image_names(cells):
     """Return the names of images without blanks around them, and with / for Windows' slashes."""
     return cells.str.strip().str.replace("\\", "/")
@@ -517,7 +532,8 @@ def load_table(args):
     columns |= {name: column for name, column in (
         ("explanation", args.use_explanations and args.explanation_column),
         ("group", args.group_column), ("part", args.split_column)) if column}
-    columns = {name: columns[name] for name in columns if name not in absent_ones(raw, args)}
+    left_out = absent_ones(raw, args)
+    columns = {name: column for name, column in columns.items() if name not in left_out}
     if absent := [column for column in columns.values() if cells_of(raw, column) is None]:
         raise UserError(f"{path} needs the columns {', '.join(columns.values())}, but "
                         f"{', '.join(absent)} is missing (it has {', '.join(raw.columns)}): "
@@ -613,7 +629,7 @@ def read_scores(frame, columns, args):
     scales, offsets, problems = {}, {}, []
     for target, name in (("q", "mos_quality"), ("c", "mos_align")):
         text, column = frame.get(name, pd.Series("", frame.index)).str.strip(), columns.get(name)
-        mos = pd.to_numeric(text.str.replace(",", "."), errors="coerce").astype(float)
+        mos = numbers_of(text)
         finite, flag = np.isfinite(mos), f"label_scale_{target}"
         fitting = [scale for scale in MOS_SCALES if not mos[finite].abs().max() > scale]
         top, below = getattr(args, flag) or (fitting or MOS_SCALES[-1:])[0], finite & (mos < 0)
@@ -820,16 +836,22 @@ def load_clip(args, seed, content=None):
     if from_file and not (known or quick_gelu) and OPENAI_NAME.search(pretrained):
         print(f"WARNING: {pretrained} is named like an OpenAI release, which needs QuickGELU: add "
               f"--quick_gelu unless you know better")
-    digest = hashlib.sha256()
-    for key, value in model.state_dict().items():
-        digest.update(key.encode() + value.reshape(-1).view(torch.uint8).numpy().data)
-    if known and (known["weights"], known["quick_gelu"]) != (digest.hexdigest(), quick_gelu):
+    weights = weights_hash(model.state_dict())
+    if known and (known["weights"], known["quick_gelu"]) != (weights, quick_gelu):
         raise UserError(f"{content['path']} was trained from other weights than {name} "
                         f"({pretrained}) has now: say where they are with --clip_model.")
     return model.eval(), tokenizer, known or {
-        "model": name, "pretrained": pretrained, "weights": digest.hexdigest(),
+        "model": name, "pretrained": pretrained, "weights": weights,
         "quick_gelu": quick_gelu, "embed_dim": config["embed_dim"],
         "preprocess": model.visual.preprocess_cfg}
+
+
+def weights_hash(state):
+    """Return the SHA-256 of a state dict's names and values, in its order."""
+    digest = hashlib.sha256()
+    for key, value in state.items():
+        digest.update(key.encode() + value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def clip_error(args, error, content):
@@ -1386,9 +1408,9 @@ def targets_of(run, views):
 
 def has_loss(run, name, rows):
     """Return (n,) bool: which rows have what a loss needs."""
-    frame = run.table.frame.iloc[rows]
+    frame = run.table.frame
     has = frame["explanation_id"] >= 0 if name == "exp" else frame[name].notna()
-    return has.to_numpy()
+    return has.to_numpy()[rows]
 
 
 def loss_weights(run, views):
@@ -2284,8 +2306,9 @@ def locked(folder):
     except (OSError, NotImplementedError) as error:  # of a disk in the network, mostly
         print(f"WARNING: no lock keeps a second run out of {folder}: {error}")
     try:
-        for half in Path(folder).rglob(".*.half") if lock.is_locked else ():  # of killed runs
-            half.unlink()
+        for place in (folder, *Path(folder).glob("repeat_*")) if lock.is_locked else ():
+            for half in Path(place).glob(".*.half"):  # of killed runs
+                half.unlink()
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows deletes it by itself
@@ -2379,10 +2402,11 @@ def read_export(folder):
         raise ValueError("the checksum of its model.safetensors is not that of its config.json")
     tensors = safetensors.torch.load(weights)
     before = {key[7:]: tensors.pop(key) for key in [*tensors] if key.startswith("before.")}
-    clip = {key for key in tensors if key.startswith("clip.")}
+    clip = [key for key in tensors if key.startswith("clip.")]
     return content | {
         "args": content["args"] | {"clip_model": f"local-dir:{folder}"},
-        "state": {key: tensors[key] for key in tensors.keys() - clip | before.keys()},
+        "state": {key: value for key, value in sorted(tensors.items())  # they come in any order
+                  if key in before or not key.startswith("clip.")},
         "clip": {key[5:]: before.get(key, tensors[key]) for key in clip}}
 
 
@@ -3209,9 +3233,12 @@ class Scorer(nn.Module):
         index, unique = pd.factorize(np.array(prompts, dtype=object))
         texts = TextInputs(self.towers[0]["text"], self.tokenizer, self.identity, self.args, device,
                            what, list(unique))
-        t, texts.tower = texts.embed().to(device), self.towers[1]["text"]
+        t0 = t = texts.embed().to(device)
+        if self.before is not self.model.clip:
+            texts.tower = self.towers[1]["text"]
+            t0 = texts.embed().to(device)
         blank = torch.tensor([not text.strip() for text in unique], device=device)
-        return torch.from_numpy(index).to(device), t, texts.embed().to(device), blank
+        return torch.from_numpy(index).to(device), t, t0, blank
 
     def outputs(self, images, index, t, t0, blank):
         """Return PREDICTIONS of (B, 3, H, W) images, 0 to 255, and their prompts: see texts."""
@@ -3440,10 +3467,9 @@ def judge(frame, pred, expected, saved, content):
     """Print metrics where there are human scores, and warn where the scores tell nothing."""
     columns = {"q": saved.quality_column, "c": saved.consistency_column}
     for t in content["targets"]:
-        scores = cells_of(frame, columns[t])
-        scores = pd.Series("", frame.index) if scores is None else scores.str.replace(",", ".")
-        mos = pd.to_numeric(scores, errors="coerce") - content["offsets"][t]
-        mos /= content["scales"][t]
+        cells = cells_of(frame, columns[t])
+        mos = numbers_of(pd.Series("", frame.index) if cells is None else cells)
+        mos = (mos - content["offsets"][t]) / content["scales"][t]
         good = np.isfinite(mos) & np.isfinite(pred[t])
         if good.any():
             measured = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
@@ -3498,9 +3524,9 @@ def predict(args):
         if "precision" not in args.explicit:
             args.precision = saved.precision
         settle_precision(args)
-        key = content_key(identity=content["identity"], state=[
-            hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
-            for value in content["state"].values()], precision=args.precision, prompts=prompts,
+        key = content_key(
+            identity=content["identity"], state=weights_hash(content["state"]),
+            precision=args.precision, prompts=prompts,
             files=[(str(path), os.path.isfile(path) and os.stat(path).st_mtime_ns)
                    for path in paths])
         partial = target and target.with_name(f".{target.name}.partial")

@@ -213,6 +213,8 @@ def test_what_an_export_holds(own, data, tmp_path, capsys, monkeypatch):
     out.mkdir()
     baseline.main(["--export", str(out), "--checkpoint", str(checkpoint)])
     tensors = load_file(out / "model.safetensors")
+    order = list(baseline.load_checkpoint(out)["state"])  # what a stopped scoring is known by
+    assert order == sorted(state)
     assert same_tensors({key: tensors[key] for key in state}, state)
     first = load_file(clip / "open_clip_model.safetensors")
     trained = {key for key in state if key.startswith("clip.visual.")}
