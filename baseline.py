@@ -173,6 +173,7 @@ def build_parser():
         help="open_clip name, local-dir:PATH, hf-hub:ORG/NAME; with a checkpoint: its CLIP's place")
     add("--pretrained", default="openai",
         help="open_clip tag, weights file, or none (random weights); local-dir: has its own")
+    add("--image_size", type=positive_int, help="pixels a side; not given: the model's own")
     add("--quick_gelu", **on, help="the weights file is of QuickGELU (every OpenAI release)")
     add("--freeze_clip", **on, help="train the heads only")
     add("--partial_freeze", **on, help="freeze embeddings and first blocks of each tower")
@@ -823,6 +824,7 @@ def load_clip(args, seed, content=None):
             model = open_clip.create_model(
                 name, pretrained if place else None, pretrained_text=random, load_weights=place,
                 force_quick_gelu=quick_gelu, require_pretrained=place, force_custom_text=True,
+                force_image_size=args.image_size,
                 force_preprocess_cfg={"resize_mode": args.resize_mode} if args.resize_mode else {},
                 **plain_attention(config))
             if own:
@@ -2436,6 +2438,7 @@ def load_checkpoint(path):
                              f"{FORMAT_VERSION}: use the one that wrote it, whose commit is in its "
                              f"config.json, or train again")
         plain = {"targets": TARGETS, "offsets": dict.fromkeys(TARGETS, 0.0)}  # of older runs
+        content["args"].setdefault("image_size", None)
         return plain | content | {"path": name}
     except Exception as error:  # zip, pickle and tensor errors all mean the same to a user
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
