@@ -1602,13 +1602,8 @@ def set_up(args, table, seed, content=None):
     if not (f.isfinite().all() and t.isfinite().all()):
         raise UserError(f"The embeddings of {args.clip_model} must be finite, but are not in "
                         f"{args.precision}: use --precision fp32, or other weights.")
-    floors, probe = fit_floors(f, t, antonyms, table.frame, parts["train"], args)
-    s0 = (f * t).sum(-1)
-    if not args.no_base_calibration:
-        calibrate(scorer, probe, s0, table.frame["c"].to_numpy(), parts["train"])
-    if "q" not in table.targets:  # it stays 0.5, so that consistency takes no noise from it
-        nn.init.zeros_(scorer.quality.base.weight)
-        nn.init.zeros_(scorer.quality.base.bias)
+    f, t, antonyms = (x.to(device) for x in (f, t, antonyms))
+    floors = fit_floors(scorer, f, t, antonyms, table, parts["train"], args)
     for tower in towers.values():
         tower.tune(args)
     model = scorer if WORLD == 1 else nn.parallel.DistributedDataParallel(
@@ -1616,7 +1611,7 @@ def set_up(args, table, seed, content=None):
     mos = {target: torch.from_numpy(table.frame[target].fillna(0).to_numpy(copy=True)).to(device)
            for target in TARGETS}
     return Run(args, seed, device, table, parts, identity, scorer, model, images, texts, mos,
-               s0.to(device), teacher, floors, make_optimizer(scorer, args),
+               (f * t).sum(-1), teacher, floors, make_optimizer(scorer, args),
                torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
                {"epoch": 0, "waited": 0, "log": []})
 
@@ -2103,93 +2098,105 @@ def drop_bad_images(frame, args):
 RIDGE_STRENGTHS = tuple(10.0 ** k for k in range(-3, 5))
 
 
-def ridge(x, y, strengths):
-    """Return (weights (S, K), intercepts (S,)) of ridge regression for each of S strengths.
+def fit_ridge(x, free, rows, y, groups, folds=5):
+    """Fit a ridge to some rows, its strength chosen by cross-validation over groups.
 
-    x: (n, K), y: (n,), both float64; the intercept is not penalised. One eigendecomposition of the
-    smaller Gram matrix serves all strengths.
+    x: (N, K), penalised; free: (N, F), not penalised; rows: (n,); y: (n,); groups: (n,) int.
+    Returns (weights (K,), of free (F,), (n,) predictions of each row by a fit that did not see it).
+    One eigendecomposition serves it all: a linear smoother H that does not see some rows errs there
+    by (I - H)^-1 times its error with them, each restricted to these rows (as Hastie et al., The
+    Elements of Statistical Learning, 2009, 7.10, for one row).
     """
-    mean_x, mean_y = x.mean(0), y.mean()
-    x, y = x - mean_x, y - mean_y
+    x, free, groups = x[rows], free[rows], np.unique(groups, return_inverse=True)[1]
+    u, sizes, _ = torch.linalg.svd(free, full_matrices=False)
+    u = u[:, sizes > 1e-9 * sizes[0]]
+    inner, outer = x - u @ (u.T @ x), y - u @ (u.T @ y)
     wide = x.shape[0] < x.shape[1]
-    values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
-    shrunk = 1 / (values.clamp(min=0) + torch.tensor(strengths, dtype=x.dtype)[:, None])
-    weights = (shrunk * (vectors.T @ (y if wide else x.T @ y))) @ vectors.T
-    weights = weights @ x if wide else weights
-    return weights, mean_y - weights @ mean_x
-
-
-def fit_ridge(x, y, groups, folds=5):
-    """Fit a ridge whose strength is chosen by cross-validation over groups, (n,) int.
-
-    Returns (weights, intercept, (n,) predictions of each row by a fit that did not see it).
-    """
+    values, vectors = torch.linalg.eigh(inner @ inner.T if wide else inner.T @ inner)
+    z = vectors * values.clamp(min=0).sqrt() if wide else inner @ vectors
     fold = np.random.default_rng(0).permutation(groups.max() + 1)[groups] % folds
-    unseen = y.mean().repeat(len(RIDGE_STRENGTHS), len(y))
-    for held_out in (torch.from_numpy(fold == i) for i in range(folds)):
-        if 0 < held_out.sum() < len(y):
-            weights, intercepts = ridge(x[~held_out], y[~held_out], RIDGE_STRENGTHS)
-            unseen[:, held_out] = weights @ x[held_out].T + intercepts[:, None]
-    best = int(((unseen - y) ** 2).sum(dim=1).argmin())
-    weights, intercepts = ridge(x, y, [RIDGE_STRENGTHS[best]])
-    return weights[0], intercepts[0], unseen[best]
+    held_out = [part for i in range(folds) if 0 < len(part := np.flatnonzero(fold == i)) < len(y)]
+    best = math.inf, None
+    for strength in RIDGE_STRENGTHS:
+        shrunk = z / (values.clamp(min=0) + strength)  # H = u u^T + shrunk z^T
+        error, unseen = outer - shrunk @ (z.T @ outer), y.mean().repeat(len(y))
+        for part in held_out:
+            h = u[part] @ u[part].T + shrunk[part] @ z[part].T
+            unseen[part] = y[part] - torch.linalg.solve(torch.eye(len(h)).to(h) - h, error[part])
+        if (loss := float(((unseen - y) ** 2).sum())) < best[0]:
+            best = loss, (inner.T @ error / strength, unseen)
+    weights, unseen = best[1]
+    return weights, torch.linalg.pinv(free) @ (y - x @ weights), unseen
 
 
-def fit_floors(f, t, antonyms, frame, train, args):
-    """Fit what is reached without training; returns ({floor: {"q", "c"} of (N,)}, probe).
-
-    probe: (weights (D,), intercept, (N,) predictions, of its training rows by fits that did not see
-    them) of quality; None without quality. A target is fitted to the training rows that have it.
-    f, t: (N, D) unit-norm embeddings of each row's image and prompt, by the pretrained towers;
-    antonyms: (2, D) of "Good photo." and "Bad photo.", for the zero-shot quality (CLIP-IQA, Wang et
-    al., AAAI 2023). The linear probe is a ridge on f for quality, [f, t, f * t, s] for consistency.
-    """
-    f, t, antonyms = f.double(), t.double(), antonyms.double()
-    s, probe = (f * t).sum(-1), None
-    floors = {"zero_shot": {"q": torch.softmax(100 * f @ antonyms.T, dim=-1)[:, 0], "c": s},
-              "linear_probe": {}}
-    for target, x in (("q", f), ("c", torch.cat([f, t, f * t, s[:, None]], dim=1))):
-        rows = train[frame[target].iloc[train].notna()]
-        if not len(rows):
-            continue
-        y = torch.from_numpy(frame[target].iloc[rows].to_numpy(np.float64))
-        groups = np.unique(frame["group_id"].iloc[rows], return_inverse=True)[1]
-        y = torch.logit(y, 0.01) if target == "q" else y
-        weights, intercept, unseen = fit_ridge(x[rows], y, groups)
-        pred = x @ weights + intercept
-        floors["linear_probe"][target] = torch.sigmoid(pred) if target == "q" else pred
-        if target == "q":
-            pred[rows] = unseen
-            probe = weights, intercept, torch.sigmoid(pred)
-    if args.split_by == "image":  # the training mean of the prompt: it sees no pixels
-        mos = frame.iloc[train]
-        means = mos.groupby("prompt_id")[list(TARGETS)].mean().reindex(frame["prompt_id"])
-        floors["prompt_mean"] = means.fillna(mos[list(TARGETS)].mean())
-    return ({name: {target: np.asarray(pred[target]) for target in floors["linear_probe"]}
-             for name, pred in floors.items()}, probe)
+def training_scores(frame, target, train, like):
+    """Return (row numbers of the training rows with a score, their MOS on [0, 1], their groups)."""
+    rows = train[frame[target].iloc[train].notna()]
+    mos = torch.from_numpy(frame[target].to_numpy(np.float64)[rows]).to(like.device)
+    return rows, mos, frame["group_id"].to_numpy()[rows]
 
 
 @torch.no_grad()
-def calibrate(scorer, probe, s0, c, train):
+def fit_floors(scorer, f, t, antonyms, table, train, args):
+    """Fit what is reached without training, and start the scorer's base where CLIP already is.
+
+    f, t: (N, D) unit-norm embeddings of each row's image and prompt, by the pretrained towers;
+    antonyms: (2, D) of "Good photo." and "Bad photo.", for the zero-shot quality (CLIP-IQA, Wang et
+    al., AAAI 2023). Returns {floor: {target: (N,) predictions}}: of the scorer before its first
+    step; zero-shot; of the linear probe, which is a ridge on f for quality, on [f, t, f * t] for
+    consistency, whose cosine is not penalised. A target is fitted to training rows that have it.
+    """
+    frame, pairs = table.frame, (f, t)
+    f, t, antonyms = f.double(), t.double(), antonyms.double()
+    s, probe = (f * t).sum(-1), {}
+    constant = torch.ones_like(s)
+    inputs = {"q": (f, constant[:, None]),
+              "c": (torch.cat([f, t, f * t * f.shape[1] ** 0.5], 1), torch.stack([constant, s], 1))}
+    for target in table.targets:
+        x, free = inputs[target]
+        weights, others, _ = fit_ridge(x, free, *training_scores(frame, target, train, f))
+        probe[target] = x @ weights + free @ others
+    if not args.no_base_calibration:
+        calibrate(scorer, f, s, table, train)
+    if "q" not in table.targets:  # it stays 0.5, so that consistency takes no noise from it
+        nn.init.zeros_(scorer.quality.base.weight)
+        nn.init.zeros_(scorer.quality.base.bias)
+    floors = {"start": scorer.score(*pairs), "linear_probe": probe, "zero_shot": {
+        "q": torch.softmax(100 * f @ antonyms.T, dim=-1)[:, 0], "c": s}}
+    floors = {name: {target: pred[target].cpu().numpy() for target in table.targets}
+              for name, pred in floors.items()}
+    if args.split_by == "image":  # the training mean of the prompt: it sees no pixels
+        mos = frame.iloc[train]
+        means = mos.groupby("prompt_id")[list(table.targets)].mean().reindex(frame["prompt_id"])
+        means = means.fillna(mos[list(table.targets)].mean())
+        floors["prompt_mean"] = {target: means[target].to_numpy() for target in table.targets}
+    return floors
+
+
+def calibrate(scorer, f, s0, table, train):
     """Start the base where CLIP already is (linear probing first: Kumar et al., ICLR 2022).
 
-    Quality: the linear probe. Consistency: least squares on the cosine and the quality that probes
-    give to rows they did not see (stacking: Wolpert, 1992), so that a probe that knows its training
-    rows by heart is not trusted too much; of two branches, on the logit of the MOS.
-    probe: see fit_floors; s0, c: (N,) cosine and scaled MOS; train: the training rows. Without
-    quality the consistency's base is of the cosine alone; without consistency it stays.
+    Quality: a ridge on f of the MOS's logit. Consistency: least squares on the cosine and the
+    quality of rows that the ridge did not see (stacking: Wolpert, 1992), so that one that knows its
+    training rows by heart is not trusted too much; of two branches, on the logit that brings their
+    mean, the other one being 0.5, to the MOS. f: (N, D); s0: (N,) cosines, float64. A target
+    without scores leaves its base as it is.
     """
-    base, head, rows = scorer.quality.base, scorer.consistency, train[~np.isnan(c[train])]
-    if probe is not None:
-        base.weight.copy_((probe[0] / scorer.quality.input_scale)[None])
-        base.bias.fill_(probe[1])
-    if not len(rows):
-        return
-    unseen = torch.zeros(len(rows)).double() if probe is None else probe[2][rows]
-    s0, c = s0[rows].double(), torch.from_numpy(c[rows]).double()
-    x, y = ((s0 + 1) / 2, c) if head.branch is None else (s0, torch.logit(c, 0.01))
-    ((a, e),), (b,) = ridge(torch.stack([x, unseen], dim=1), y, [1e-9])
-    head.affine.copy_(torch.stack([a, b, e]))
+    base, head, quality = scorer.quality.base, scorer.consistency, torch.zeros_like(s0)
+    if "q" in table.targets:
+        rows, mos, groups = training_scores(table.frame, "q", train, f)
+        weights, bias, unseen = fit_ridge(f, torch.ones_like(f[:, :1]), rows,
+                                          torch.logit(mos, 0.01), groups)
+        base.weight.copy_((weights / scorer.quality.input_scale)[None])
+        base.bias.copy_(bias)
+        quality = torch.sigmoid(f @ weights + bias)
+        quality[rows] = torch.sigmoid(unseen)
+    if "c" in table.targets:
+        rows, mos, _ = training_scores(table.frame, "c", train, f)
+        cosine = (s0 + 1) / 2 if head.branch is None else s0
+        mos = mos if head.branch is None else torch.logit(2 * mos - 0.5, 0.01)
+        x = torch.stack([cosine, torch.ones_like(s0), quality], dim=1)[rows]
+        head.affine.copy_(torch.linalg.pinv(x) @ mos)
 
 
 # --- several processes ----------------------------------------------------------------------
@@ -2545,7 +2552,7 @@ def quiet_library():
 # --- results and records --------------------------------------------------------------------
 
 TITLES = {"q": "quality", "c": "consistency"}
-FLOORS = {"zero_shot": "zero-shot", "linear_probe": "linear probe",
+FLOORS = {"start": "start", "linear_probe": "linear probe", "zero_shot": "zero-shot",
           "prompt_mean": "prompt mean (no pixels)"}
 SHOWN = ("srocc_q", "plcc_q", "srocc_c", "plcc_c")
 SATURATED = 0.95  # |tanh(delta)| above this is at its bound

@@ -42,12 +42,11 @@ def logit(mos):
     return np.log(mos / (1 - mos))
 
 
-def closed_form(x, y, strength):
-    """Return ridge weights and intercept by the normal equations, intercept not penalised."""
-    x1 = np.column_stack([x, np.ones(len(x))])
-    penalty = strength * np.diag([1.0] * x.shape[1] + [0.0])
-    solution = np.linalg.solve(x1.T @ x1 + penalty, x1.T @ y)
-    return solution[:-1], solution[-1]
+def closed_form(x, free, y, strength):
+    """Return ridge weights and those of columns without a penalty, by the normal equations."""
+    both = np.column_stack([x, free])
+    penalty = strength * np.diag([1.0] * x.shape[1] + [0.0] * free.shape[1])
+    return np.split(np.linalg.solve(both.T @ both + penalty, both.T @ y), [x.shape[1]])
 
 
 def test_the_image_split_warns_and_shows_what_leaks(train, capsys, data):
@@ -67,20 +66,24 @@ def test_the_image_split_warns_and_shows_what_leaks(train, capsys, data):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_floors_are_clips_own_scores_and_a_ridge_on_its_features(build, reference, mode):
-    """Zero-shot: the cosine, and a softmax over two texts; probe: a ridge at one strength."""
+    """Zero-shot: cosine, softmax over two texts; probe: a ridge at one strength; the start."""
     run, r = build(*MODES[mode]), reference
     floor, train = run.floors["zero_shot"], run.table.frame.iloc[run.parts["train"]]
     assert np.allclose(floor["c"], r.s, atol=1e-5) and np.ptp(r.s) > 0.01
     good = 1 / (1 + np.exp(100 * r.f @ (r.bad - r.good)))
     assert np.allclose(floor["q"], good, atol=1e-3) and np.ptp(good) > 0.01
-    pairs = np.concatenate([r.f, r.t, r.f * r.t, r.s[:, None]], axis=1)
-    for target, x, y in (("q", r.f, logit(train["q"])), ("c", pairs, train["c"].to_numpy(float))):
+    ones = np.ones(36)
+    pairs = np.concatenate([r.f, r.t, r.f * r.t * r.f.shape[1] ** 0.5], axis=1)
+    for target, x, free in (("q", r.f, ones[:, None]), ("c", pairs, np.stack([ones, r.s], 1))):
         errors = []
         for strength in STRENGTHS:
-            weights, intercept = closed_form(x[run.parts["train"]], y, strength)
-            pred, got = x @ weights + intercept, run.floors["linear_probe"][target]
-            errors.append(np.abs(pred - (logit(got) if target == "q" else got)).max())
+            weights, others = closed_form(x[run.parts["train"]], free[run.parts["train"]],
+                                          train[target].to_numpy(float), strength)
+            pred = x @ weights + free @ others
+            errors.append(np.abs(pred - run.floors["linear_probe"][target]).max())
         assert min(errors) < 5e-3 and sorted(errors)[1] > 2 * min(errors), errors
+        start = baseline.evaluate(run, "val")[0][target]
+        assert np.allclose(start, run.floors["start"][target][run.parts["val"]], atol=1e-5)
 
 
 def test_floors_do_not_see_validation_scores(build, data, tmp_path):
@@ -98,21 +101,35 @@ def test_floors_do_not_see_validation_scores(build, data, tmp_path):
     assert torch.equal(one.scorer.consistency.affine, two.scorer.consistency.affine)
 
 
-@pytest.mark.parametrize("columns", [6, 60])
-def test_ridge_equals_the_closed_form(columns):
-    """Weights and intercepts of all strengths are those of the normal equations."""
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(2, 1, (40, columns)), rng.normal(3, 1, 40)
-    weights, intercepts = baseline.ridge(torch.tensor(x), torch.tensor(y), STRENGTHS)
-    for i, strength in enumerate(STRENGTHS):
-        want = closed_form(x, y, strength)
-        assert np.allclose(weights[i], want[0]) and np.allclose(intercepts[i], want[1])
-
-
 def fit(x, y, groups):
     """Return (length of the ridge's weights, fitted, unseen predictions) of rows in groups."""
-    weights, intercept, unseen = baseline.fit_ridge(torch.tensor(x), torch.tensor(y), groups)
-    return float(weights.norm()), x @ weights.numpy() + float(intercept), unseen.numpy()
+    weights, constant, unseen = baseline.fit_ridge(
+        torch.tensor(x), torch.ones(len(x), 1).double(), np.arange(len(x)), torch.tensor(y), groups)
+    return float(weights.norm()), x @ weights.numpy() + float(constant), unseen.numpy()
+
+
+@pytest.mark.parametrize("columns", [6, 60])
+def test_the_ridge_equals_closed_forms_with_and_without_each_fold(columns):
+    """So do its weights, free ones, and what it predicts for groups that it leaves out."""
+    rng = np.random.default_rng(columns)
+    x, free = rng.normal(2, 1, (50, columns)), np.stack([np.ones(50), rng.normal(size=50)], 1)
+    y, groups = x[:, 0] + 9 * free[:, 1] + rng.normal(3, 1, 50), np.repeat(np.arange(10), 5)
+    rows = np.sort(rng.permutation(50)[:40])
+    weights, others, unseen = baseline.fit_ridge(
+        torch.tensor(x), torch.tensor(free), rows, torch.tensor(y[rows]), groups[rows])
+    x, free, y, groups = x[rows], free[rows], y[rows], groups[rows]
+    strength = min(STRENGTHS, key=lambda strength: np.abs(
+        closed_form(x, free, y, strength)[0] - weights.numpy()).max())
+    assert all(map(np.allclose, (weights, others), closed_form(x, free, y, strength)))
+    without = {}  # that many groups were left out together: (what of it a refit predicts)
+    for group in np.unique(groups):
+        for other in {*groups} | {None}:
+            held = (groups == group) | (groups == other)
+            w, o = closed_form(x[~held], free[~held], y[~held], strength)
+            without[group, other] = (x @ w + free @ o)[groups == group]
+    for group in np.unique(groups):
+        assert any(np.allclose(unseen[groups == group], without[group, other])
+                   for other in {*groups} | {None})
 
 
 def test_the_ridge_is_fitted_to_what_generalises_over_groups():
@@ -125,7 +142,7 @@ def test_the_ridge_is_fitted_to_what_generalises_over_groups():
             (x, signal, groups, True), (x, noise, groups, False),
             (code, of_group, np.arange(120), True), (code, of_group, groups, False)):
         length, fitted, unseen = fit(inputs, y, folds)
-        share = length / np.linalg.norm(closed_form(inputs, y, 1e-9)[0])
+        share = length / np.linalg.norm(closed_form(inputs, np.ones((120, 1)), y, 1e-9)[0])
         known, by_heart = (np.corrcoef(pred, y)[0, 1] for pred in (unseen, fitted))
         assert by_heart > 0.5 and (share > 0.9, known > 0.7, share < 0.1, known < 0.2) == (
             weak, weak, not weak, not weak)
@@ -136,18 +153,17 @@ def test_the_ridge_is_fitted_to_what_generalises_over_groups():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_base_starts_at_a_least_squares_plane_and_keeps_its_cosine(build, reference, mode):
-    """Quality starts as the probe, consistency on the cosine (which stays) and unseen quality."""
+    """Consistency starts on the cosine, which stays, and on unseen quality."""
     run = build(*MODES[mode], "--lr", 1e-3)
     train, val, frame = run.parts["train"], run.parts["val"], run.table.frame
     groups = np.unique(frame["group_id"].iloc[train], return_inverse=True)[1]
     unseen = fit(reference.f[train], logit(frame["q"].iloc[train]), groups)[2]
-    cosine, ones, probe = (reference.s + 1) / 2, np.ones(36), run.floors["linear_probe"]["q"]
+    cosine, ones, start = (reference.s + 1) / 2, np.ones(36), run.floors["start"]["q"]
     x = np.column_stack([cosine[train], 1 / (1 + np.exp(-unseen)), ones[train]])
     plane = np.linalg.lstsq(x, frame["c"].iloc[train], rcond=None)[0]
     assert run.scorer.consistency.affine.tolist() == pytest.approx(plane[[0, 2, 1]], rel=1e-2)
     pred = baseline.evaluate(run, "val")[0]
-    assert np.allclose(pred["q"], probe[val], atol=1e-3)
-    assert np.allclose(pred["c"], (np.column_stack([cosine, probe, ones]) @ plane)[val], atol=1e-3)
+    assert np.allclose(pred["c"], (np.column_stack([cosine, start, ones]) @ plane)[val], atol=1e-3)
     baseline.train_one_epoch(run, 1)
     pred = baseline.evaluate(run, "val")[0]
     a, b, e = run.scorer.consistency.affine.tolist()
@@ -194,7 +210,7 @@ def test_floors_and_intervals_of_the_judged_part(train, reference, monkeypatch):
         low, high = row[f"interval_{t}_low"], row[f"interval_{t}_high"]
         assert (low, high) == pytest.approx(ends(draws["run"]))
         assert -1 <= low < row[f"test_srocc_{t}"] < high <= 1
-        for name in ("zero_shot", "linear_probe"):
+        for name in ("start", "zero_shot", "linear_probe"):
             floor = scipy.stats.spearmanr(run.floors[name][t][rows], frame[t])[0]
             assert row[f"{name}_srocc_{t}"] == pytest.approx(floor)
             gain, low, high = (row[f"gain_{name}_{t}{end}"] for end in ("", "_low", "_high"))
@@ -239,7 +255,7 @@ def test_repeats_report_mean_spread_and_gain(train, capsys, more, part):
                  for t in "qc"] + ["gap_q", "linear_probe_srocc_c"]:
         assert result["mean"][name] == pytest.approx((one[name] + two[name]) / 2)
         assert result["sd"][name] == pytest.approx(abs(one[name] - two[name]) / math.sqrt(2))
-    for floor, t in (("zero_shot", "q"), ("linear_probe", "q"), ("linear_probe", "c")):
+    for floor, t in (("zero_shot", "q"), ("start", "q"), ("linear_probe", "c")):
         gains = [row[f"{part}_srocc_{t}"] - row[f"{floor}_srocc_{t}"] for row in (one, two)]
         ratio = one[f"images_{part}"] / one["images_train"]
         assert 0.2 < ratio < 0.7  # the splits overlap: Nadeau and Bengio, 2003
