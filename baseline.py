@@ -175,6 +175,7 @@ def build_parser():
         help="open_clip tag, weights file, or none (random weights); local-dir: has its own")
     add("--image_size", type=positive_int, help="pixels a side; not given: the model's own")
     add("--quick_gelu", **on, help="the weights file is of QuickGELU (every OpenAI release)")
+    add("--init_from", help="checkpoint of another run whose towers and heads to start from")
     add("--freeze_clip", **on, help="train the heads only")
     add("--partial_freeze", **on, help="freeze embeddings and first blocks of each tower")
     add("--freeze_layers", type=positive_int, default=8, help="blocks per tower, --partial_freeze")
@@ -817,6 +818,8 @@ def load_clip(args, seed, content=None):
             if config is None:
                 near = difflib.get_close_matches(name, open_clip.list_models(), 3)
                 raise ValueError(f"no such model; near names: {', '.join(near) or 'none'}")
+            if args.image_size:
+                config["vision_cfg"]["image_size"] = args.image_size
             tokenizer = open_clip.get_tokenizer(name)  # first: it may lack a package
             tag = known or open_clip.get_pretrained_cfg(name, pretrained) or {}
             quick_gelu = bool(args.quick_gelu or config.get("quick_gelu") or tag.get("quick_gelu"))
@@ -824,7 +827,6 @@ def load_clip(args, seed, content=None):
             model = open_clip.create_model(
                 name, pretrained if place else None, pretrained_text=random, load_weights=place,
                 force_quick_gelu=quick_gelu, require_pretrained=place, force_custom_text=True,
-                force_image_size=args.image_size,
                 force_preprocess_cfg={"resize_mode": args.resize_mode} if args.resize_mode else {},
                 **plain_attention(config))
             if own:
@@ -880,7 +882,7 @@ def plain_attention(config):
     """
     vision, text, block = config["vision_cfg"], config["text_cfg"], {"block_type": "custom"}
     native = "timm_model_name" not in vision and isinstance(vision.get("layers", 12), int)
-    return ({"vision_cfg": block | vision} if native else {}) | (
+    return {"vision_cfg": block | vision if native else vision} | (
         {} if text.get("hf_model_name") else {"text_cfg": block | text})
 
 
@@ -1208,7 +1210,8 @@ class CLIPScorer(nn.Module):
 
     def __init__(self, clip, towers, identity, args):
         super().__init__()
-        self.clip, self.towers, dim = clip, towers, identity["embed_dim"]
+        self.clip, self.towers, self.identity = clip, towers, identity
+        dim = identity["embed_dim"]
         for name in ("mean", "std"):
             value = torch.tensor(identity["preprocess"][name]).view(1, -1, 1, 1)
             self.register_buffer(f"pixel_{name}", value, persistent=False)
@@ -1598,12 +1601,7 @@ def set_up(args, table, seed, content=None):
     antonyms = texts_of("antonyms", ["Good photo.", "Bad photo."]).embed()
     images = ImageInputs(scorer, table, key, args, device)
     texts = texts_of("prompts", table.prompts, keep=True)
-    f, t = images.embed(), texts.embed()[table.frame["prompt_id"].to_numpy(copy=True)]
-    if not (f.isfinite().all() and t.isfinite().all()):
-        raise UserError(f"The embeddings of {args.clip_model} must be finite, but are not in "
-                        f"{args.precision}: use --precision fp32, or other weights.")
-    f, t, antonyms = (x.to(device) for x in (f, t, antonyms))
-    floors = fit_floors(scorer, f, t, antonyms, table, parts["train"], args)
+    floors, s0 = start(scorer, images, texts, antonyms, table, parts, args)
     for tower in towers.values():
         tower.tune(args)
     model = scorer if WORLD == 1 else nn.parallel.DistributedDataParallel(
@@ -1611,7 +1609,7 @@ def set_up(args, table, seed, content=None):
     mos = {target: torch.from_numpy(table.frame[target].fillna(0).to_numpy(copy=True)).to(device)
            for target in TARGETS}
     return Run(args, seed, device, table, parts, identity, scorer, model, images, texts, mos,
-               (f * t).sum(-1), teacher, floors, make_optimizer(scorer, args),
+               s0, teacher, floors, make_optimizer(scorer, args),
                torch.amp.GradScaler(device.type, enabled=args.precision == "fp16"),
                {"epoch": 0, "waited": 0, "log": []})
 
@@ -2096,6 +2094,9 @@ def drop_bad_images(frame, args):
 # --- floors and calibration -----------------------------------------------------------------
 
 RIDGE_STRENGTHS = tuple(10.0 ** k for k in range(-3, 5))
+SHAPES = ("image_size", "freeze_clip", "partial_freeze", "freeze_layers",
+          "no_residual_learning", "use_two_branch", "use_refinement", "refinement_layers",
+          "refinement_heads", "refinement_dim", "use_explanations")  # flags that shape the model
 
 
 def fit_ridge(x, free, rows, y, groups, folds=5):
@@ -2136,18 +2137,15 @@ def training_scores(frame, target, train, like):
     return rows, mos, frame["group_id"].to_numpy()[rows]
 
 
-@torch.no_grad()
-def fit_floors(scorer, f, t, antonyms, table, train, args):
-    """Fit what is reached without training, and start the scorer's base where CLIP already is.
+def fit_floors(f, t, antonyms, table, train, args):
+    """Return {floor: {target: (N,) predictions}} of what is reached without training.
 
     f, t: (N, D) unit-norm embeddings of each row's image and prompt, by the pretrained towers;
     antonyms: (2, D) of "Good photo." and "Bad photo.", for the zero-shot quality (CLIP-IQA, Wang et
-    al., AAAI 2023). Returns {floor: {target: (N,) predictions}}: of the scorer before its first
-    step; zero-shot; of the linear probe, which is a ridge on f for quality, on [f, t, f * t] for
-    consistency, whose cosine is not penalised. A target is fitted to training rows that have it.
+    al., AAAI 2023). The linear probe is a ridge on f for quality, on [f, t, f * t] for consistency,
+    whose cosine is not penalised. A target is fitted to the training rows that have it.
     """
-    frame, pairs = table.frame, (f, t)
-    f, t, antonyms = f.double(), t.double(), antonyms.double()
+    frame, f, t, antonyms = table.frame, f.double(), t.double(), antonyms.double()
     s, probe = (f * t).sum(-1), {}
     constant = torch.ones_like(s)
     inputs = {"q": (f, constant[:, None]),
@@ -2156,15 +2154,9 @@ def fit_floors(scorer, f, t, antonyms, table, train, args):
         x, free = inputs[target]
         weights, others, _ = fit_ridge(x, free, *training_scores(frame, target, train, f))
         probe[target] = x @ weights + free @ others
-    if not args.no_base_calibration:
-        calibrate(scorer, f, s, table, train)
-    if "q" not in table.targets:  # it stays 0.5, so that consistency takes no noise from it
-        nn.init.zeros_(scorer.quality.base.weight)
-        nn.init.zeros_(scorer.quality.base.bias)
-    floors = {"start": scorer.score(*pairs), "linear_probe": probe, "zero_shot": {
-        "q": torch.softmax(100 * f @ antonyms.T, dim=-1)[:, 0], "c": s}}
+    zero_shot = {"q": torch.softmax(100 * f @ antonyms.T, dim=-1)[:, 0], "c": s}
     floors = {name: {target: pred[target].cpu().numpy() for target in table.targets}
-              for name, pred in floors.items()}
+              for name, pred in (("linear_probe", probe), ("zero_shot", zero_shot))}
     if args.split_by == "image":  # the training mean of the prompt: it sees no pixels
         mos = frame.iloc[train]
         means = mos.groupby("prompt_id")[list(table.targets)].mean().reindex(frame["prompt_id"])
@@ -2173,30 +2165,84 @@ def fit_floors(scorer, f, t, antonyms, table, train, args):
     return floors
 
 
-def calibrate(scorer, f, s0, table, train):
+@torch.no_grad()
+def calibrate(scorer, f, t, s0, table, train):
     """Start the base where CLIP already is (linear probing first: Kumar et al., ICLR 2022).
 
     Quality: a ridge on f of the MOS's logit. Consistency: least squares on the cosine and the
     quality of rows that the ridge did not see (stacking: Wolpert, 1992), so that one that knows its
     training rows by heart is not trusted too much; of two branches, on the logit that brings their
-    mean, the other one being 0.5, to the MOS. f: (N, D); s0: (N,) cosines, float64. A target
-    without scores leaves its base as it is.
+    mean to the MOS. Residuals that have learned already (--init_from) leave less MOS to fit.
+    f, t: (N, D) embeddings; s0: (N,) cosines. A target without scores leaves its base as it is.
     """
-    base, head, quality = scorer.quality.base, scorer.consistency, torch.zeros_like(s0)
+    out, head, s = scorer.score(f, t, s0), scorer.consistency, (f * t).sum(-1)
+    x, quality = f.double(), torch.zeros_like(s0, dtype=torch.float64)
     if "q" in table.targets:
-        rows, mos, groups = training_scores(table.frame, "q", train, f)
-        weights, bias, unseen = fit_ridge(f, torch.ones_like(f[:, :1]), rows,
-                                          torch.logit(mos, 0.01), groups)
-        base.weight.copy_((weights / scorer.quality.input_scale)[None])
-        base.bias.copy_(bias)
-        quality = torch.sigmoid(f @ weights + bias)
+        rows, mos, groups = training_scores(table.frame, "q", train, x)
+        left = torch.logit(mos - (out["q"] - out["q_base"])[rows], 0.01)
+        weights, bias, unseen = fit_ridge(x, torch.ones_like(x[:, :1]), rows, left, groups)
+        scorer.quality.base.weight.copy_((weights / scorer.quality.input_scale)[None])
+        scorer.quality.base.bias.copy_(bias)
+        quality = torch.sigmoid(x @ weights + bias)
         quality[rows] = torch.sigmoid(unseen)
     if "c" in table.targets:
-        rows, mos, _ = training_scores(table.frame, "c", train, f)
-        cosine = (s0 + 1) / 2 if head.branch is None else s0
-        mos = mos if head.branch is None else torch.logit(2 * mos - 0.5, 0.01)
-        x = torch.stack([cosine, torch.ones_like(s0), quality], dim=1)[rows]
-        head.affine.copy_(torch.linalg.pinv(x) @ mos)
+        rows, mos, _ = training_scores(table.frame, "c", train, x)
+        left, cosine = mos - (out["c"] - out["c_base"])[rows], (s0 + 1) / 2
+        if head.branch is not None:
+            branch = torch.sigmoid(head.branch(pair_features(f, t, s)))[rows]
+            left, cosine = torch.logit(2 * left - branch, 0.01), s0
+        x = torch.stack([cosine.double(), torch.ones_like(quality), quality], dim=1)[rows]
+        head.affine.copy_(torch.linalg.pinv(x) @ left)
+
+
+def start(scorer, images, texts, antonyms, table, parts, args):
+    """Bring the scorer to where training starts; returns (floors, (N,) cosines before training).
+
+    See fit_floors; the start itself is one of them.
+    """
+    def embed():
+        ids = table.frame["prompt_id"].to_numpy(copy=True)
+        return images.embed().to(images.device), texts.embed()[ids].to(images.device)
+
+    f, t = embed()
+    if not (f.isfinite().all() and t.isfinite().all()):
+        raise UserError(f"The embeddings of {args.clip_model} must be finite, but are not in "
+                        f"{args.precision}: use --precision fp32, or other weights.")
+    s0 = (f * t).sum(-1)
+    floors = fit_floors(f, t, antonyms.to(images.device), table, parts["train"], args)
+    if args.init_from:
+        begin_from(scorer, load_checkpoint(args.init_from), (images, texts), table, parts, args)
+        f, t = embed()
+    if not args.no_base_calibration:
+        calibrate(scorer, f, t, s0, table, parts["train"])
+    if "q" not in table.targets:  # it stays 0.5, so that consistency takes no noise from it
+        nn.init.zeros_(scorer.quality.base.weight)
+        nn.init.zeros_(scorer.quality.base.bias)
+    with torch.no_grad():
+        scores = scorer.score(f, t, s0)
+    return {"start": {t: scores[t].cpu().numpy() for t in table.targets}} | floors, s0
+
+
+def begin_from(scorer, source, inputs, table, parts, args):
+    """Load the towers and heads that another run has trained, of the same CLIP and the same parts.
+
+    source: of load_checkpoint; inputs: ImageInputs, TextInputs, whose embeddings become others.
+    """
+    differ = [f"--{key} {getattr(args, key)} (there {source['args'][key]})" for key in SHAPES
+              if getattr(args, key) != source["args"][key]]
+    there, here = ([identity[key] for key in ("weights", "quick_gelu")]
+                   for identity in (source["identity"], scorer.identity))
+    if differ or there != here:
+        raise UserError(f"--init_from {args.init_from} needs the model that was trained there, but "
+                        f"{', '.join(differ) or 'the weights of the CLIP'} differ: give the same.")
+    load_trained_state(scorer, source["state"], args.init_from)
+    for each in inputs:
+        each.key = each.key | {"init_from": weights_hash(source["state"])}
+    for part in ("val", "test"):
+        known = {*prompt_hashes(table, parts[part])} & {*source["prompts"]}
+        if known:
+            print(f"WARNING: --init_from leaks: {args.init_from} was trained on {len(known)} of "
+                  f"the prompts in {part}; hold them out of that run as well (--split_column)")
 
 
 # --- several processes ----------------------------------------------------------------------
@@ -2355,6 +2401,7 @@ def save_checkpoint(run, best):
                "identity": run.identity, "scales": run.table.scales, "split": split_hash(run),
                "offsets": run.table.offsets, "targets": run.table.targets,
                "data": data_hash(run.table),
+               "prompts": prompt_hashes(run.table, run.parts["train"]),
                "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
                "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
                "progress": run.progress, "processes": WORLD}
@@ -2394,6 +2441,12 @@ def split_hash(run):
     """Return a short hash of which image name is in which part."""
     names = run.table.frame["name"].to_numpy()
     return content_key(parts={part: names[rows].tolist() for part, rows in run.parts.items()})[:12]
+
+
+def prompt_hashes(table, rows):
+    """Return a short hash of each prompt of some rows; case and spacing make no difference."""
+    return [content_key(prompt=text)[:12] for text in folded(table.frame["prompt"].iloc[rows])
+            .unique()]
 
 
 @functools.cache  # every checkpoint asks
