@@ -352,7 +352,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import filelock
 import huggingface_hub
@@ -397,10 +397,8 @@ class Table:
     frame: pd.DataFrame
     prompts: list  # U unique texts
     explanations: list
-    scales: dict  # {"q": .., "c": ..} label scales
+    targets: dict  # {"q": (low, high) MOS, ..}; one without scores is in no loss and no output
     skipped: pd.DataFrame  # rows of skipped.csv
-    targets: tuple = TARGETS  # those that have scores; the others are in no loss and no output
-    offsets: dict = field(default_factory=lambda: dict.fromkeys(TARGETS, 0.0))
 
 
 PACKAGES = {".parquet": "pyarrow", ".xlsx": "openpyxl"}  # with which pandas reads them
@@ -549,7 +547,7 @@ def load_table(args):
     frame["stamp"] = [f"{(stat := os.stat(path)).st_size}-{stat.st_mtime_ns}"
                       if os.path.isfile(path) else "" for path in frame["path"]]
     wrong_parts = read_parts(frame, raw, args)
-    scales, offsets, wrong_scores = read_scores(frame, columns, args)
+    targets, wrong_scores = read_scores(frame, columns, args)
     blank = frame["name"].str.strip() == ""
     no_prompt = (frame["prompt"].str.strip() == "") & frame["c"].notna()
     refuse_rows(path, frame, [  # what, bad rows, remedy, column to show
@@ -560,7 +558,7 @@ def load_table(args):
         (f"image files missing in {args.image_base_dir}", ~blank & (frame["stamp"] == "")
          & (not args.skip_bad_images), "check --image_base_dir and the names", "path"),
         *wrong_parts, *wrong_scores])
-    targets = trained_targets(frame, args)
+    check_targets(targets, args)
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
     frame["prompt_id"], prompts = pd.factorize(frame["prompt"], sort=True)
     frame["group_id"] = groups_of(frame, args)
@@ -569,7 +567,7 @@ def load_table(args):
     if args.use_explanations and not len(explanations):
         raise UserError(f"{path} has no text in its column {args.explanation_column}: fill it in, "
                         f"or drop --use_explanations.")
-    return Table(frame, list(prompts), list(explanations), scales, skipped, targets, offsets)
+    return Table(frame, list(prompts), list(explanations), targets, skipped)
 
 
 def folded(texts):
@@ -623,52 +621,54 @@ def absent_ones(frame, args):
 
 
 def read_scores(frame, columns, args):
-    """Add the columns q and c to the frame; returns (scales, offsets, problems as load_table's).
+    """Add the columns q and c to the frame; returns (targets as Table has them, problems).
 
     Scores that go below 0 (z-scores) are read as symmetrical around it.
     """
-    scales, offsets, problems = {}, {}, []
+    targets, problems = {}, []
     for target, name in (("q", "mos_quality"), ("c", "mos_align")):
         text, column = frame.get(name, pd.Series("", frame.index)).str.strip(), columns.get(name)
         mos = numbers_of(text)
         finite, flag = np.isfinite(mos), f"label_scale_{target}"
-        fitting = [scale for scale in MOS_SCALES if not mos[finite].abs().max() > scale]
-        top, below = getattr(args, flag) or (fitting or MOS_SCALES[-1:])[0], finite & (mos < 0)
-        offsets[target] = -top if below.any() else 0.0
-        scales[target] = top - offsets[target]
-        frame[target] = ((mos - offsets[target]) / scales[target]).astype(np.float32)
-        if below.any():
+        high = getattr(args, flag) or next(
+            (scale for scale in MOS_SCALES if mos[finite].abs().max() <= scale), MOS_SCALES[-1])
+        below = finite & (mos < 0)
+        low = -high if below.any() else 0.0
+        frame[target] = ((mos - low) / (high - low)).astype(np.float32)
+        if finite.any():
+            targets[target] = low, high
+        if low:
             print(f"{column} is below 0 in {below.sum()} of {len(mos)} rows (lowest "
-                  f"{mos.min():g}): it is read as scores from {-top:g} to {top:g}")
+                  f"{mos.min():g}): it is read as scores from {low:g} to {high:g}")
         problems += [
             (f"{column} that is not a finite number", ~finite & (text != ""),
              "correct them; an empty cell is no score", name),
-            (f"{column} above the label scale {top:g}{' or below its negative' * int(below.any())}",
-             finite & (mos.abs() > top), f"give the top of your scale with --{flag}", name)
+            (f"{column} outside of the label scale {low:g} to {high:g}",
+             finite & (mos.abs() > high), f"give the top of your scale with --{flag}", name)
         ] if column else []
-    names = " nor ".join(columns[name] for name in ("mos_quality", "mos_align") if name in columns)
+    names = " or ".join(columns[name] for name in ("mos_quality", "mos_align") if name in columns)
     scoreless = frame[["q", "c"]].isna().all(axis=1) & (frame.get("part") != "test")
-    return scales, offsets, [*problems, (f"neither {names}" if " " in names else f"no {names}",
-                                         scoreless, "fill in one of them or remove the rows",
-                                         "name")]
+    return targets, [*problems, (f"no {names}", scoreless,
+                                 "fill in one of them or remove the rows", "name")]
 
 
-def to_mos(score, target, scales, offsets):
-    """Return scores on [0, 1], an array or tensor, on the MOS scale."""
-    return offsets[target] + scales[target] * score
+def to_mos(score, ends):
+    """Return scores on [0, 1], an array or tensor, on the MOS scale of these ends."""
+    low, high = ends
+    return low + (high - low) * score
 
 
-def trained_targets(frame, args):
-    """Return the targets that have scores; raise UserError where flags want another one."""
-    targets = tuple(target for target in TARGETS if frame[target].notna().any())
-    for target, other in zip(TARGETS, TARGETS[::-1]):
-        if target in targets and other not in targets:
-            print(f"only {TITLES[target]} is trained: there are no scores of {TITLES[other]}")
-            if args.select_by == TITLES[other] or not getattr(args, f"w_{target}"):
-                raise UserError(f"Only what has scores can be trained and select, which is "
-                                f"{TITLES[target]} here, but --select_by is {args.select_by} and "
-                                f"--w_{target} {getattr(args, f'w_{target}'):g}: drop these flags.")
-    return targets
+def check_targets(targets, args):
+    """Say where one target alone has scores; raise UserError where flags want the other one."""
+    if len(targets) != 1:
+        return
+    (only,), (other,) = targets, set(TARGETS) - {*targets}
+    print(f"only {TITLES[only]} is trained: there are no scores of {TITLES[other]}")
+    weight = getattr(args, f"w_{only}")
+    if args.select_by == TITLES[other] or not weight:
+        raise UserError(f"Only what has scores can be trained and select, which is {TITLES[only]} "
+                        f"here, but --select_by is {args.select_by} and --w_{only} {weight:g}: "
+                        f"drop these flags.")
 
 
 def split_rows(table, args, seed):
@@ -2345,9 +2345,8 @@ def save_checkpoint(run, best):
     content = {"format": FORMAT, "version": FORMAT_VERSION, "seed": run.seed,
                "args": {k: v for k, v in vars(run.args).items() if k != "explicit"} | {
                    "precision": run.args.asked_precision},  # another machine may do another best
-               "identity": run.identity, "scales": run.table.scales, "split": split_hash(run),
-               "offsets": run.table.offsets, "targets": run.table.targets,
-               "data": data_hash(run.table),
+               "identity": run.identity, "targets": run.table.targets,
+               "split": split_hash(run), "data": data_hash(run.table),
                "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
                "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
                "progress": run.progress, "processes": WORLD}
@@ -2437,9 +2436,12 @@ def load_checkpoint(path):
             raise ValueError(f"it has version {content['version']}, this baseline.py reads "
                              f"{FORMAT_VERSION}: use the one that wrote it, whose commit is in its "
                              f"config.json, or train again")
-        plain = {"targets": TARGETS, "offsets": dict.fromkeys(TARGETS, 0.0)}  # of older runs
+        if "scales" in content:  # of an older run: high - low, and perhaps low apart
+            lows = {t: content.get("offsets", {}).get(t, 0.0) for t in TARGETS}
+            content["targets"] = {t: (lows[t], lows[t] + content["scales"][t])
+                                  for t in content.get("targets", TARGETS)}
         content["args"].setdefault("image_size", None)
-        return plain | content | {"path": name}
+        return content | {"path": name}
     except Exception as error:  # zip, pickle and tensor errors all mean the same to a user
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         beside = [other for other in path.parent.glob("baseline_*.pt")
@@ -2567,8 +2569,8 @@ def print_setup(args, table, parts, scorer, device):
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items() if len(rows))
     groups, prompts = table.frame["group_id"].to_numpy(), sum(map(bool, table.prompts))
     print(f"data: {len(groups)} images, {prompts} prompts, split by {split_name(args)}: {counts}; "
-          f"label scales " + ", ".join(f"{t.upper()} {table.scales[t] + table.offsets[t]:g}"
-                                       for t in table.targets))
+          f"label scales " + ", ".join(f"{t.upper()} {high:g}"
+                                       for t, (_, high) in table.targets.items()))
     if split_name(args) == "prompt" and groups.max() >= 0.9 * len(groups):
         print(f"nearly every prompt is unique ({prompts} prompts, {len(groups)} images), so this "
               f"is nearly a split by image: --group_column names what else must stay together")
@@ -2741,8 +2743,7 @@ def keep_records(run, preds, row):
     for part in [part for part in ("val", "test") if part in preds]:
         table = frame.reindex(columns=["name", "prompt", "mos_quality", "mos_align"])
         table = table.iloc[run.parts[part]].dropna(axis="columns")
-        table = add_scores(table, preds[part], run.table.scales, run.table.offsets,
-                           run.table.targets)
+        table = add_scores(table, preds[part], run.table.targets)
         save_text(folder / f"{part}_predictions.csv", table.to_csv(index=False))
     if not args.no_plots:
         write_report(run, preds[row["part"]], row, before + findings)
@@ -2751,10 +2752,10 @@ def keep_records(run, preds, row):
     save_text(folder / "result.json", json_text(row))
 
 
-def add_scores(table, pred, scales, offsets, targets):
+def add_scores(table, pred, targets):
     """Return the table with the columns of scores for people: clamped, on the MOS scale."""
     return table.assign(**{
-        name: to_mos(pred[key].to_numpy(float).clip(0, 1), key[0], scales, offsets).round(6)
+        name: to_mos(pred[key].to_numpy(float).clip(0, 1), targets[key[0]]).round(6)
         for name, key in SCORES.items() if key[0] in targets})
 
 
@@ -2781,8 +2782,7 @@ def write_config(run):
     save_text(folder / "config.json", json_text({
         "arguments": {k: v for k, v in vars(args).items() if k != "explicit"}, "seed": run.seed,
         "fingerprint": fingerprint(args, table), "identity": run.identity,
-        "label_scales": table.scales, "label_offsets": table.offsets, "targets": table.targets,
-        "split": split_hash(run),
+        "label_scales": table.targets, "split": split_hash(run),
         "images": {part: len(rows) for part, rows in run.parts.items()},
         "versions": {"python": sys.version.split()[0]} | {
             module.__name__: module.__version__ for module in (torch, open_clip, pd, np, scipy)},
@@ -3019,9 +3019,8 @@ def draw_scatter(pred, frame, table, row, path):
     """Draw predicted against human MOS of each target, on the MOS scale."""
     with picture(path, 1, len(table.targets), (5 * len(table.targets), 4.8)) as axes:
         for axis, t in zip(axes[0], table.targets):
-            human, ours = (to_mos(side, t, table.scales, table.offsets)
-                           for side in (frame[t], pred[t].clip(0, 1)))
-            part, ends = row["part"], (table.offsets[t], table.offsets[t] + table.scales[t])
+            part, ends = row["part"], table.targets[t]
+            human, ours = (to_mos(side, ends) for side in (frame[t], pred[t].clip(0, 1)))
             axis.scatter(human, ours, s=12, alpha=0.5, color=COLOURS[t], edgecolors="none")
             axis.plot(ends, ends, color="black", linewidth=0.8, label="identity")
             axis.set(title=f"{TITLES[t]} ({part}): SROCC {row[f'{part}_srocc_{t}']:.3f}, "
@@ -3033,7 +3032,7 @@ def draw_scatter(pred, frame, table, row, path):
 
 def draw_worst(pred, frame, table, path, count=6):
     """Draw a contact sheet of the images that each target gets most wrong."""
-    targets, count = table.targets, min(count, *(frame[t].count() for t in table.targets))
+    targets, count = list(table.targets), min(count, *(frame[t].count() for t in table.targets))
     with picture(path, len(targets), count, (2.5 * count, 3.4 * len(targets))) as axes:
         for place, axis in enumerate(axes.flat):
             t = targets[place // count]
@@ -3044,7 +3043,7 @@ def draw_worst(pred, frame, table, path, count=6):
                 image = Image.new("RGB", (8, 8), "grey")
             image.thumbnail((256, 256))
             axis.imshow(image)
-            human, ours = (to_mos(side.iloc[worst], t, table.scales, table.offsets)
+            human, ours = (to_mos(side.iloc[worst], table.targets[t])
                            for side in (frame[t], pred[t].clip(0, 1)))
             axis.set_title(f"{TITLES[t]}: human {human:.2f}, predicted {ours:.2f}", fontsize=7)
             prompt = "\n".join(textwrap.wrap(frame["prompt"].iloc[worst], 26, max_lines=3,
@@ -3220,8 +3219,7 @@ class Scorer(nn.Module):
                     setattr(twin, name, parameter)
         load_trained_state(self.model, content["state"], content["path"])
         self.args, self.saved = argparse.Namespace(**vars(args) | {"cache": "off"}), saved
-        self.targets, self.scales = content["targets"], content["scales"]
-        self.offsets = content["offsets"]
+        self.targets = content["targets"]
         self.requires_grad_(False).to(device).eval()
 
     def train(self, mode=True):
@@ -3267,7 +3265,7 @@ class Scorer(nn.Module):
         index, *texts = self.texts(one_each(prompts, len(pixels)))
         images = Decoder([], self.identity["preprocess"]).resize(pixels.to(texts[0])) * 255
         out = self.outputs(images, index, *texts)
-        return {name: to_mos(out[key], key[0], self.scales, self.offsets)
+        return {name: to_mos(out[key], self.targets[key[0]])
                 for name, key in SCORES.items() if key[0] in self.targets}
 
     @torch.no_grad()
@@ -3311,8 +3309,7 @@ class Scorer(nn.Module):
             return pd.DataFrame(columns=[*SCORES, "error"])
         pred = pd.concat(self.scored(images, one_each(prompts, len(images)), batches_of(
             len(images), self.args.batch_size)))
-        return add_scores(pred[[]], pred, self.scales, self.offsets,
-                          self.targets).assign(error=pred["error"])
+        return add_scores(pred[[]], pred, self.targets).assign(error=pred["error"])
 
 
 def one_each(prompts, count):
@@ -3347,7 +3344,7 @@ Scores AI-generated images: `python baseline.py --predict IMAGES --checkpoint FO
 `baseline.load(FOLDER).score(images, prompts)`. Licence: FILL IN.
 
 - CLIP: {model} ({pretrained})
-- data: {csv}, label scales {scales}; split {split}, seed {seed}: {images}
+- data: {csv}, label scales {targets}; split {split}, seed {seed}: {images}
 - trained by `python baseline.py {command}`
 
 {scores}
@@ -3469,10 +3466,10 @@ def score_rows(args, content, partial, key, paths, prompts, device):
 def judge(frame, pred, expected, saved, content):
     """Print metrics where there are human scores, and warn where the scores tell nothing."""
     columns = {"q": saved.quality_column, "c": saved.consistency_column}
-    for t in content["targets"]:
+    for t, (low, high) in content["targets"].items():
         cells = cells_of(frame, columns[t])
         mos = numbers_of(pd.Series("", frame.index) if cells is None else cells)
-        mos = (mos - content["offsets"][t]) / content["scales"][t]
+        mos = (mos - low) / (high - low)
         good = np.isfinite(mos) & np.isfinite(pred[t])
         if good.any():
             measured = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
@@ -3494,12 +3491,11 @@ def add_columns(args, frame, pred, prompts, errors, content):
     Ranks are by the mean of the scores on [0, 1], of quality alone where there is no prompt;
     equals rank in the order of their rows.
     """
-    targets = list(content["targets"])
     for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
         free = (name + "_input" * k for k in itertools.count(1))
         frame = frame.rename(columns={name: next(n for n in free if n not in frame)})
-    frame = add_scores(frame, pred, content["scales"], content["offsets"], targets)
-    mean = pred[targets].clip(0, 1).mean(axis=1).round(6)
+    frame = add_scores(frame, pred, content["targets"])
+    mean = pred[list(content["targets"])].clip(0, 1).mean(axis=1).round(6)
     rank = mean.groupby(np.array(prompts, dtype=object)).rank(method="first", ascending=False)
     frame["error"], frame["rank_in_prompt"] = errors, rank.astype("Int64")
     limits = ((args.min_quality, frame.get("quality")),
