@@ -380,6 +380,9 @@ MOS_SCALES = (1.0, 5.0, 10.0, 100.0)
 PART_OF = {name: part for part, names in {
     "train": "train training trn 训练", "test": "test testing tst 测试",
     "val": "val valid validation dev development 验证"}.items() for name in names.split()}
+COLUMNS = {"name": "name_column", "prompt": "prompt_column", "mos_quality": "quality_column",
+           "mos_align": "consistency_column", "explanation": "explanation_column",
+           "group": "group_column", "part": "split_column"}  # and the flags that name them
 MOST_NARROW = 100  # longer side of an image divided by its shorter one
 
 
@@ -506,62 +509,55 @@ def image_names(cells):
     return cells.str.strip().str.replace("\\", "/")
 
 
-def refuse_rows(table, frame, problems):
-    """Raise one UserError of all bad rows; problems: what, rows, remedy, column to show."""
-    lines = ""
-    for what, bad, remedy, column in problems:
-        cells = frame[column][bad]
-        for row, cell in cells[:1].items():
-            if column == "path":
-                near = [file.name for file in sorted(cell.parent.glob("*")) if cell.stem.casefold()
-                        in (file.stem.casefold(), file.name.casefold())]
-                remedy = f"near it lies {', '.join(near) or 'nothing'}; {remedy}"
-            lines += (f"\n  - {what}: {len(cells)} row{'s' * (len(cells) > 1)} "
-                      f"({', '.join(map(str, cells.index[:5]))}{', ..' * (len(cells) > 5)}), "
-                      f'"{str(cell)[:500]}" in row {row}; {remedy}')
-    if lines:
-        raise UserError(f"{table} cannot be used (a header is row 1):{lines}")
+def find_columns(raw, args):
+    """Return {column as by default: its cells}; UserError where one is missing.
+
+    One of the scores may be absent, and the prompt with consistency, unless a flag names it.
+    """
+    named = {name: getattr(args, flag) for name, flag in COLUMNS.items()
+             if getattr(args, flag) and (name != "explanation" or args.use_explanations)}
+    found = {name: cells for name, column in named.items()
+             if (cells := cells_of(raw, column)) is not None}
+    spare = (["mos_quality"] if "mos_align" in found else
+             ["mos_align", "prompt"] if "mos_quality" in found else [])
+    if missing := [name for name in named if name not in found
+                   and (name not in spare or COLUMNS[name] in args.explicit)]:
+        raise UserError(f"{args.data_csv_path} must have the columns that are read, but "
+                        f"{', '.join(map(named.get, missing))} is missing (it has "
+                        f"{', '.join(raw.columns)}): choose it with --"
+                        f"{', --'.join(map(COLUMNS.get, missing))}, or add a header line.")
+    return found
 
 
 def load_table(args):
     """Read and check the whole CSV; raise one UserError that lists all that is wrong with it."""
-    raw, path = read_table(args.data_csv_path), args.data_csv_path
-    columns = {"name": args.name_column, "prompt": args.prompt_column,
-               "mos_quality": args.quality_column, "mos_align": args.consistency_column}
-    columns |= {name: column for name, column in (
-        ("explanation", args.use_explanations and args.explanation_column),
-        ("group", args.group_column), ("part", args.split_column)) if column}
-    left_out = absent_ones(raw, args)
-    columns = {name: column for name, column in columns.items() if name not in left_out}
-    if absent := [column for column in columns.values() if cells_of(raw, column) is None]:
-        raise UserError(f"{path} needs the columns {', '.join(columns.values())}, but "
-                        f"{', '.join(absent)} is missing (it has {', '.join(raw.columns)}): "
-                        f"choose it with --name_column, --prompt_column, --quality_column, "
-                        f"--consistency_column, --explanation_column, --group_column or "
-                        f"--split_column, or add a header line.")
-    if raw.empty:
+    path = args.data_csv_path
+    raw = read_table(path)
+    frame = pd.DataFrame({"prompt": ""} | find_columns(raw, args), raw.index)
+    if frame.empty:
         raise UserError(f"{path} has a header but no rows: add one per image.")
-    frame = pd.DataFrame({"prompt": ""} | {name: cells_of(raw, own)
-                                           for name, own in columns.items()}, raw.index)
+    blank = frame.apply(lambda cells: cells.str.strip() == "")
+    fill = "fill them in or remove the rows"
     frame["path"] = [Path(args.image_base_dir, name) for name in image_names(frame["name"])]
     frame["stamp"] = [f"{(stat := os.stat(path)).st_size}-{stat.st_mtime_ns}"
                       if os.path.isfile(path) else "" for path in frame["path"]]
     wrong_parts = read_parts(frame, raw, args)
-    targets, wrong_scores = read_scores(frame, columns, args)
-    blank = frame["name"].str.strip() == ""
-    no_prompt = (frame["prompt"].str.strip() == "") & frame["c"].notna()
+    targets, wrong_scores = read_scores(frame, args)
     refuse_rows(path, frame, [  # what, bad rows, remedy, column to show
-        ("empty image names", blank, "fill them in or remove the rows", "name"),
-        ("duplicate image names", frame["path"].duplicated(keep=False) & ~blank,
+        ("empty image names", blank["name"], fill, "name"),
+        ("duplicate image names", frame["path"].duplicated(keep=False) & ~blank["name"],
          "keep one row per image", "name"),
-        ("empty prompts", no_prompt, "fill them in or remove the rows", "prompt"),
-        (f"image files missing in {args.image_base_dir}", ~blank & (frame["stamp"] == "")
+        ("empty prompts", blank["prompt"] & frame["c"].notna(), fill, "prompt"),
+        (f"empty {args.group_column}", blank.get("group", []), fill, "name"),
+        (f"image files missing in {args.image_base_dir}", ~blank["name"] & (frame["stamp"] == "")
          & (not args.skip_bad_images), "check --image_base_dir and the names", "path"),
         *wrong_parts, *wrong_scores])
     check_targets(targets, args)
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
     frame["prompt_id"], prompts = pd.factorize(frame["prompt"], sort=True)
-    frame["group_id"] = groups_of(frame, args)
+    groups = folded(frame["group" if args.group_column else "prompt"])
+    frame["group_id"], _ = pd.factorize(  # a row without one is its own group
+        groups.where(groups != "", "\0" + frame["name"]), sort=True)
     texts = frame.get("explanation", pd.Series("", frame.index)).str.strip()
     frame["explanation_id"], explanations = pd.factorize(texts.where(texts != ""), sort=True)
     if args.use_explanations and not len(explanations):
@@ -570,35 +566,26 @@ def load_table(args):
     return Table(frame, list(prompts), list(explanations), targets, skipped)
 
 
+def refuse_rows(table, frame, problems):
+    """Raise one UserError of all bad rows; problems: what, rows, remedy, column to show."""
+    lines = ""
+    for what, bad, remedy, column in problems:
+        rows = frame.index[bad]
+        for cell in frame.loc[rows[:1], column] if len(rows) else ():
+            if column == "path":
+                near = [file.name for file in sorted(cell.parent.glob("*")) if cell.stem.casefold()
+                        in (file.stem.casefold(), file.name.casefold())]
+                remedy = f"near it lies {', '.join(near) or 'nothing'}; {remedy}"
+            lines += (f"\n  - {what}: {len(rows)} row{'s' * (len(rows) > 1)} "
+                      f"({', '.join(map(str, rows[:5]))}{', ..' * (len(rows) > 5)}), "
+                      f'"{str(cell)[:500]}" in row {rows[0]}; {remedy}')
+    if lines:
+        raise UserError(f"{table} cannot be used (a header is row 1):{lines}")
+
+
 def folded(texts):
     """Return a Series of texts in which case and spacing make no difference."""
     return texts.map(lambda text: " ".join(text.casefold().split()))
-
-
-def read_parts(frame, raw, args):
-    """Make of a split column train, val, test, or name one of the raw file that is ignored.
-
-    Returns its problems and those of the group.
-    """
-    for column, cells in raw.items() if not args.split_column else ():
-        parts = named_parts(cells.drop_duplicates())
-        if column.strip().casefold() == "split" or (parts.nunique() > 1 and parts.notna().all()):
-            print(f"the column {column} is ignored: --split_column {column} splits by it")
-    texts = frame.get("part", pd.Series("train", frame.index))
-    parts = named_parts(texts)
-    if args.split_column:
-        frame["part"] = parts
-    empty = folded(frame["group"]) == "" if args.group_column else parts == ""
-    values = ", ".join(map(repr, texts[parts.isna()].unique()[:5]))
-    return [(f"{args.split_column} that is no part ({values})", parts.isna(),
-             "call it train, val or test", "name"),
-            (f"empty {args.group_column}", empty, "fill them in or remove the rows", "name")]
-
-
-def groups_of(frame, args):
-    """Return the number of each row's group or prompt; without one a row is its own group."""
-    texts = folded(frame["group" if args.group_column else "prompt"])
-    return pd.factorize(texts.where(texts != "", "\0" + frame["name"]), sort=True)[0]
 
 
 def named_parts(texts):
@@ -606,30 +593,34 @@ def named_parts(texts):
     return folded(texts).str.replace(r"[\W_]*(set|split|集)$", "", regex=True).map(PART_OF)
 
 
-def absent_ones(frame, args):
-    """Return the columns that may be absent and are: one score, and the prompt if consistency is.
+def read_parts(frame, raw, args):
+    """Make of a split column train, val, test; returns problems as refuse_rows has them.
 
-    A name that the user gave must be there.
+    Without --split_column, those of the raw file that look like one are named.
     """
-    flags = {"mos_quality": "quality_column", "mos_align": "consistency_column",
-             "prompt": "prompt_column"}
-    absent = {name for name, flag in flags.items() if cells_of(frame, name) is None
-              and getattr(args, flag) == name and flag not in args.explicit}
-    if {"mos_quality", "mos_align"} <= absent:
-        return set()
-    return absent if "mos_align" in absent else absent - {"prompt"}
+    if args.split_column:
+        cells, frame["part"] = frame["part"], named_parts(frame["part"])
+        unknown = frame["part"].isna()
+        values = ", ".join(map(repr, cells[unknown].unique()[:5]))
+        return [(f"{args.split_column} that is no part ({values})", unknown,
+                 "call it train, val or test", "name")]
+    for column, cells in raw.items():
+        parts = named_parts(cells.drop_duplicates())
+        if column.strip().casefold() == "split" or (parts.nunique() > 1 and parts.notna().all()):
+            print(f"the column {column} is ignored: --split_column {column} splits by it")
+    return []
 
 
-def read_scores(frame, columns, args):
-    """Add the columns q and c to the frame; returns (targets as Table has them, problems).
+def read_scores(frame, args):
+    """Add the columns q and c; returns (Table.targets, problems as refuse_rows has them).
 
     Scores that go below 0 (z-scores) are read as symmetrical around it.
     """
     targets, problems = {}, []
     for target, name in (("q", "mos_quality"), ("c", "mos_align")):
-        text, column = frame.get(name, pd.Series("", frame.index)).str.strip(), columns.get(name)
-        mos = numbers_of(text)
-        finite, flag = np.isfinite(mos), f"label_scale_{target}"
+        text = frame.get(name, pd.Series("", frame.index)).str.strip()
+        mos, column, flag = numbers_of(text), getattr(args, COLUMNS[name]), f"label_scale_{target}"
+        finite = np.isfinite(mos)
         high = getattr(args, flag) or next(
             (scale for scale in MOS_SCALES if mos[finite].abs().max() <= scale), MOS_SCALES[-1])
         below = finite & (mos < 0)
@@ -640,16 +631,13 @@ def read_scores(frame, columns, args):
         if low:
             print(f"{column} is below 0 in {below.sum()} of {len(mos)} rows (lowest "
                   f"{mos.min():g}): it is read as scores from {low:g} to {high:g}")
-        problems += [
-            (f"{column} that is not a finite number", ~finite & (text != ""),
-             "correct them; an empty cell is no score", name),
-            (f"{column} outside of the label scale {low:g} to {high:g}",
-             finite & (mos.abs() > high), f"give the top of your scale with --{flag}", name)
-        ] if column else []
-    names = " or ".join(columns[name] for name in ("mos_quality", "mos_align") if name in columns)
+        problems += [(f"{column} that is not a finite number", ~finite & (text != ""),
+                      "correct them; an empty cell is no score", name),
+                     (f"{column} outside of the label scale {low:g} to {high:g}",
+                      finite & (mos.abs() > high), f"give its top with --{flag}", name)]
     scoreless = frame[["q", "c"]].isna().all(axis=1) & (frame.get("part") != "test")
-    return targets, [*problems, (f"no {names}", scoreless,
-                                 "fill in one of them or remove the rows", "name")]
+    return targets, [*problems, ("neither quality nor consistency", scoreless,
+                                 "give one of them or remove the rows", "name")]
 
 
 def to_mos(score, ends):

@@ -129,7 +129,7 @@ def test_short_rows_have_no_explanation(table, changed, tmp_path):
 
 BAD_CELLS = [
     ({3: {"mos_quality": "good"}}, ["mos_quality", "not a finite number", "1 row", "(5)"]),
-    ({3: {"mos_quality": "", "mos_align": " "}}, ["no mos_quality or mos_align: 1 row (5)"]),
+    ({3: {"mos_quality": "", "mos_align": " "}}, ["neither quality nor consistency: 1 row (5)"]),
     ({3: {"mos_align": "NaN"}}, ["mos_align", "not a finite number", "(5)"]),
     ({3: {"mos_align": "inf"}}, ["mos_align", "not a finite number", "(5)"]),
     ({4: {"mos_quality": "-100.1"}}, ["outside of the label scale -100 to 100: 1 row (6)",
@@ -171,11 +171,12 @@ def test_all_kinds_come_in_one_error_with_their_first_rows(refused, changed, no_
     ("prompt", []), ("mos_align", ["--consistency_column", "mos_align"]),
     ("mos_quality", ["--quality_column", "mos_quality"]), ("explanation", ["--use_explanations"])])
 def test_missing_column_names_what_is_there(refused, changed, no_model, name, more):
-    """A missing column is refused with its name, the columns that exist and the flags."""
+    """A missing column is refused with its name, the columns that exist and its flag."""
     said = refused(*more, data=changed(columns=[c for c in COLUMNS if c != name]))
     assert f"{name} is missing" in said
     assert "name, " in said.split("it has")[1]
-    assert "--prompt_column" in said and "--explanation_column" in said
+    flag = {"mos_quality": "quality", "mos_align": "consistency"}.get(name, name)
+    assert f"--{flag}_column" in said
 
 
 HEAD = b"name,prompt,mos_quality,mos_align\n"
