@@ -404,8 +404,6 @@ class Table:
     skipped: pd.DataFrame  # rows of skipped.csv
 
 
-PACKAGES = {".parquet": "pyarrow", ".xlsx": "openpyxl"}  # with which pandas reads them
-TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".mat", *PACKAGES)
 IMAGES = tuple(Image.registered_extensions())
 
 
@@ -414,31 +412,22 @@ def read_table(path):
 
     Returns a DataFrame of strings without blank rows, its index the row in the file (header: 1).
     """
-    suffix, separator = Path(path).suffix.lower(), ","
+    suffix = Path(path).suffix.lower()
     try:
-        if suffix == ".parquet":
-            frame = pd.read_parquet(path, dtype_backend="numpy_nullable")
-        elif suffix == ".xlsx":
-            frame = pd.read_excel(path, header=None, dtype=object, na_filter=False)
-        else:
-            text = read_text(path)
-            separator = max("\t;,", key=re.match("[^\r\n]*", text)[0].count)
-            frame = pd.DataFrame(parse_text(text, suffix, separator), dtype=object)
-        frame = frame.astype(object).fillna("").map(str).astype(str).rename(columns=str)
+        frame = pd.DataFrame(READERS.get(suffix, csv_rows)(path), dtype=object)
+        frame = frame.fillna("").map(str).astype(str).rename(columns=str)
         frame.index = np.arange(1, len(frame) + 1)
         if suffix not in (".parquet", ".json", ".jsonl"):  # pandas would rename twins
             frame = frame.iloc[1:].set_axis([*next(frame.itertuples(index=False))], axis=1)
-        names = ["name", "prompt", "mos_quality", "mos_align", *map(str, range(5, 1000))]
         if any(name.lower().endswith(IMAGES) for name in frame):
-            raise ValueError(f"row 1 is no header but an image: add above it the line "
-                             f"{separator.join(names[:frame.shape[1]])}")
+            raise ValueError("row 1 is no header but an image: add a row above it that names every "
+                             "column, such as name, prompt, mos_quality, mos_align")
     except Exception as error:  # pandas, zip, json, csv: each in its own ways
-        why = str(error).strip() or "it is empty"
-        why = f"pip install {PACKAGES[suffix]}" if isinstance(error, ImportError) else why
-        raise UserError(f"{path} is not a readable {suffix[1:].upper() or 'CSV'} ({why}): its "
-                        f"first line must name every column, and texts with commas or quotes need "
-                        f"quotes around them, their own twice. Correct it, or --data_csv_path "
-                        f"(or --predict), or try --demo.") from error
+        raise UserError(f"{path} is not a readable {suffix[1:].upper() or 'CSV'} "
+                        f"({str(error).strip() or 'it is empty'}): its first line must name every "
+                        f"column, and texts with commas or quotes need quotes around them, their "
+                        f"own twice. Correct it, or --data_csv_path (or --predict), or try --demo."
+                        ) from error
     return frame[(frame != "").any(axis=1)]
 
 
@@ -455,24 +444,31 @@ def read_text(path):
         raise ValueError(f"byte {error.start} is not UTF-8{gbk}: save it as 'CSV UTF-8'") from error
 
 
-def parse_text(text, suffix, separator):
-    """Return a text file's rows: dictionaries of JSON, or lists of cells, all of one length."""
-    if suffix in (".json", ".jsonl"):
-        return json.loads(text) if suffix == ".json" else [
-            json.loads(line.strip() or "{}") for line in text.split("\n")]
-    rows = []
+def csv_rows(path):
+    """Return a CSV's rows as lists of cells, between the separator that its first line has most."""
+    text, rows = read_text(path), []
+    separator = max("\t;,", key=re.match("[^\r\n]*", text)[0].count)
     csv.field_size_limit(2 ** 31 - 1)
     try:
         for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True):
-            width = len(rows[0]) if rows else len(row)
-            if len(row) > width:
+            if rows and len(row) > len(rows[0]):
                 raise csv.Error("it has more cells than the first line has columns")
             if "\n" in "".join(row) and row_inside(row, separator):
                 raise csv.Error("inside of a text another row seems to begin: close its quotes")
-            rows.append(row + [""] * (width - len(row)))
+            rows.append(row)
     except csv.Error as error:
         raise ValueError(f"row {len(rows) + 1}: {error}") from error
     return rows
+
+
+READERS = {  # of tables; any other suffix is that of a CSV
+    ".parquet": lambda path: pd.read_parquet(path, "pyarrow", dtype_backend="numpy_nullable"),
+    ".xlsx": lambda path: pd.read_excel(path, header=None, dtype=object, na_filter=False),
+    ".json": lambda path: json.loads(read_text(path)),
+    ".jsonl": lambda path: [json.loads(line.strip() or "{}")
+                            for line in read_text(path).split("\n")],
+}
+TABLES = (".csv", ".tsv", ".txt", ".mat", *READERS)
 
 
 def row_inside(row, separator):
@@ -697,32 +693,31 @@ class ImageError(ValueError):
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28  # Pillow: 2 ** 20
 
 
-def load_image(path):
+def load_image(image):
     """Return the image as as_rgb does, the first frame where it is animated.
 
-    path: of the file, or an open PIL image or array. Raises ImageError where it is no readable
-    image, or one so large or so narrow that it would fill the memory.
+    image: the path of a file, or an open PIL image or array. Raises ImageError where it is no
+    readable image, or one so large or so narrow that it would fill the memory.
     """
+    data = b""
     try:
-        if isinstance(path, np.ndarray):
-            path = Image.fromarray(path)
-        with (contextlib.nullcontext(path) if isinstance(path, Image.Image)  # which stays open
-              else Image.open(path)) as image:
-            size = f"{image.width} x {image.height} pixels"
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow: at twice that only
-                raise ImageError(f"its {size} could be a decompression bomb")
-            if max(image.size) > MOST_NARROW * min(image.size):  # its resized long side blows up
-                raise ImageError(f"it has {size}, and the longer side may be {MOST_NARROW} times "
-                                 f"the shorter at most")
-            data = (Path(path).read_bytes() if image is not path
-                    and image.format in ("JPEG", "MPO") else None)
-            ends = data is None or b"\xff\xd9" in data[image.fp.tell():]
-            return as_rgb(image if ends else without_end(data))
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        elif not isinstance(image, Image.Image):
+            data = Path(image).read_bytes()
+            image = Image.open(io.BytesIO(data))
+        size = f"{image.width} x {image.height} pixels"
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow: at twice that only
+            raise ImageError(f"its {size} could be a decompression bomb")
+        if max(image.size) > MOST_NARROW * min(image.size):  # its resized long side blows up
+            raise ImageError(f"it has {size}, and the longer side may be {MOST_NARROW} times the "
+                             f"shorter at most")
+        if data and image.format in ("JPEG", "MPO") and b"\xff\xd9" not in data[image.fp.tell():]:
+            image = without_end(data)
+        return as_rgb(image)
     except UnidentifiedImageError as error:
-        with open(path, "rb") as file:
-            start = file.read(40)
-        lfs = " of a Git LFS pointer: fetch the image with git lfs pull" * (b"git-lfs" in start)
-        raise ImageError(f"{error}: it begins with {start}{lfs}") from error
+        lfs = " of a Git LFS pointer: fetch the image with git lfs pull" * (b"git-lfs" in data[:40])
+        raise ImageError(f"cannot identify it: it begins with {data[:40]}{lfs}") from error
     except Exception as error:  # damaged files make decoders fail in every way there is
         raise ImageError(str(error) or type(error).__name__) from error
 
