@@ -92,9 +92,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Exit with status 2 after the message."""
         if message.startswith("unrecognized arguments:"):
-            known = [f"--{name}" for name in vars(self.parse_args([]))]
             for word in message.split(":", 1)[1].split():
-                near = difflib.get_close_matches(word.split("=")[0], known, n=1)
+                near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
                 message += f" (did you mean {near[0]}?)" if near else ""
         let_rank_0_speak()
         super().error(message)
@@ -221,10 +220,12 @@ def build_parser():
     add("--select_by", choices=("mean", "quality", "consistency"), default="mean",
         help="validation SROCC that picks the best epoch")
 
-    add = parser.add_argument_group("speed and memory").add_argument
-    add("--precision", choices=("auto", *PRECISIONS), default="auto",
-        help="of the towers; auto: bf16 or fp16 on CUDA, fp32 on CPU")
-    add("--no_amp", **on, help="the same as --precision fp32")
+    group = parser.add_argument_group("speed and memory")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--precision", choices=("auto", *PRECISIONS), default="auto",
+           help="of the towers; auto: bf16 or fp16 on CUDA, fp32 on CPU")
+    either("--no_amp", dest="precision", action="store_const", const="fp32",
+           help="the same as --precision fp32")
     add("--num_workers", type=whole, default=4, help="threads that decode, at most one per core")
     add("--pin_memory", **on, default=True, help="page-locked batches for CUDA")
     add("--no_pin_memory", dest="pin_memory", action="store_false", help="turn --pin_memory off")
@@ -294,16 +295,11 @@ def parse_args(argv=None):
             (Path(args.log_csv).name != args.log_csv,
              f"--log_csv {args.log_csv} must be a file name: it lies in --output_dir"),
             (args.predict and args.export,
-             "--predict and --export are two commands: give one of them"),
-            (args.no_amp and given.get("precision", "fp32") != "fp32",
-             f"--no_amp means --precision fp32, not {args.precision}: drop one of them")):
+             "--predict and --export are two commands: give one of them")):
         if wrong:
             parser.error(message)
     if RANK == 0:
         warn_of_idle_flags(args, given)
-    if args.no_amp:
-        args.precision = "fp32"
-        args.explicit.add("precision")
     args.cache_dir = args.cache_dir or str(Path(args.output_dir) / "cache")
     return args
 
