@@ -107,10 +107,7 @@ def let_rank_0_speak():
 
 
 def number(low, high=math.inf, kind=float, open_low=False, auto=False):
-    """Return an argparse type for finite numbers from low (open_low: above it) to high.
-
-    auto: whether the word 'auto' stands for None.
-    """
+    """Return an argparse type of finite numbers from low to high; auto: that word gives None."""
     def parse(text):
         if auto and text == "auto":
             return None
@@ -262,8 +259,7 @@ def parse_args(argv=None):
     """Parse a command line; explicit flags win over --preset, which wins over --demo.
 
     Returns the namespace of all flags, and of `command`, the words that were typed, and `explicit`,
-    the names of the flags that they, the preset or the demo set. Contradictions end in parser.error
-    (exit status 2).
+    the names of the flags that they, the preset or the demo set. Contradictions exit with 2.
     """
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     parser = build_parser()
@@ -275,27 +271,24 @@ def parse_args(argv=None):
         combined = {k: v for k, v in combined.items() if k not in ("freeze_clip", "partial_freeze")}
     args = argparse.Namespace(**defaults | combined | given, command=shlex.join(words),
                               explicit=(set(combined) | set(given)) - {"preset", "demo"})
+    pairs = {"--freeze_clip and --partial_freeze": args.freeze_clip and args.partial_freeze,
+             "--split_column and --test_ratio": args.split_column and args.test_ratio,
+             "--group_column and --split_by image": args.group_column and args.split_by == "image",
+             "--repeats and --resume_from": args.repeats > 1 and args.resume_from,
+             "--predict and --export": args.predict and args.export}
+    for pair in [pair for pair, both in pairs.items() if both]:
+        parser.error(f"{pair} exclude each other: drop one of them")
     for wrong, message in (
-            (args.freeze_clip and args.partial_freeze,
-             "--freeze_clip and --partial_freeze exclude each other: drop one of them"),
             (args.val_ratio + args.test_ratio >= 1,
              f"--val_ratio {args.val_ratio:g} and --test_ratio {args.test_ratio:g} leave no "
              f"training images: their sum must stay below 1"),
-            (args.split_column and args.test_ratio,
-             f"--split_column {args.split_column} says what the test part is: drop --test_ratio"),
-            (args.group_column and args.split_by == "image",
-             "--split_by image and --group_column exclude each other: drop one of them"),
             (args.w_q + args.w_c == 0,
              "--w_q and --w_c are both 0, so nothing would be learned: raise one of them"),
             (args.refinement_dim % args.refinement_heads,
              f"--refinement_dim {args.refinement_dim} must be a multiple of --refinement_heads "
              f"{args.refinement_heads}"),
-            (args.repeats > 1 and args.resume_from,
-             "--repeats continues by itself when the command is restarted: drop --resume_from"),
             (Path(args.log_csv).name != args.log_csv,
-             f"--log_csv {args.log_csv} must be a file name: it lies in --output_dir"),
-            (args.predict and args.export,
-             "--predict and --export are two commands: give one of them")):
+             f"--log_csv {args.log_csv} must be a file name: it lies in --output_dir")):
         if wrong:
             parser.error(message)
     if RANK == 0:
@@ -492,8 +485,7 @@ def cells_of(frame, column):
 
 def numbers_of(cells):
     """Return cells as float64, NaN where they are none; a comma is a decimal point."""
-    texts = cells.str.strip().str.replace(",", ".")
-    return pd.to_numeric(texts, errors="coerce").astype(float)
+    return pd.to_numeric(cells.str.strip().str.replace(",", "."), errors="coerce").astype(float)
 
 
 def image_names(cells):
@@ -658,10 +650,9 @@ def split_rows(table, args, seed):
     depends on the seed alone; one is taken while that brings the part's number of images closer to
     its ratio. What the table says about the parts stays; of it, only a missing val is drawn.
     """
-    group = np.arange(len(table.frame))
-    if args.split_by == "prompt":
-        group = table.frame["group_id"].to_numpy()
-    part = table.frame.get("part", pd.Series("train", table.frame.index)).to_numpy(object)
+    frame, by_prompt = table.frame, args.split_by == "prompt"
+    group = frame["group_id"].to_numpy() if by_prompt else np.arange(len(frame))
+    part = frame.get("part", pd.Series("train", frame.index)).to_numpy(object)
     order = np.random.default_rng([seed, 0]).permutation(group.max() + 1)
     whole = (part == "train").sum()
     for name, ratio in (("test", args.test_ratio), ("val", args.val_ratio)):
@@ -673,12 +664,11 @@ def split_rows(table, args, seed):
         part = np.where(free & taken[group], name, part)
     parts = {name: np.flatnonzero(part == name) for name in ("train", "val", "test")}
     for (name, rows), target in itertools.product(parts.items(), table.targets):
-        scored = table.frame[target].iloc[rows].count()
+        scored = frame[target].iloc[rows].count()
         if scored < 2 and (name != "test" or args.test_ratio):
             raise UserError(f"Each part needs at least 2 images with a score of {TITLES[target]}, "
                             f"but {name} has {scored} of {len(group)} (in {len(order)} groups): "
-                            f"add images or prompts, or change --val_ratio, --test_ratio, "
-                            f"--split_by, --split_column or --seed.")
+                            f"add some, or change the ratios, --split_by, --split_column or --seed.")
     return parts
 
 
