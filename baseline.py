@@ -668,7 +668,7 @@ def split_rows(table, args, seed):
         if scored < 2 and (name != "test" or args.test_ratio):
             raise UserError(f"Each part needs at least 2 images with a score of {TITLES[target]}, "
                             f"but {name} has {scored} of {len(group)} (in {len(order)} groups): "
-                            f"add some, or change the ratios, --split_by, --split_column or --seed.")
+                            f"add some, or change ratios, --split_by, --split_column or --seed.")
     return parts
 
 
