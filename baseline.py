@@ -92,9 +92,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Exit with status 2 after the message."""
         if message.startswith("unrecognized arguments:"):
-            known = [f"--{name}" for name in vars(self.parse_args([]))]
             for word in message.split(":", 1)[1].split():
-                near = difflib.get_close_matches(word.split("=")[0], known, n=1)
+                near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1)
                 message += f" (did you mean {near[0]}?)" if near else ""
         let_rank_0_speak()
         super().error(message)
@@ -108,10 +107,7 @@ def let_rank_0_speak():
 
 
 def number(low, high=math.inf, kind=float, open_low=False, auto=False):
-    """Return an argparse type for finite numbers from low (open_low: above it) to high.
-
-    auto: whether the word 'auto' stands for None.
-    """
+    """Return an argparse type of finite numbers from low to high; auto: that word gives None."""
     def parse(text):
         if auto and text == "auto":
             return None
@@ -222,10 +218,12 @@ def build_parser():
     add("--select_by", choices=("mean", "quality", "consistency"), default="mean",
         help="validation SROCC that picks the best epoch")
 
-    add = parser.add_argument_group("speed and memory").add_argument
-    add("--precision", choices=("auto", *PRECISIONS), default="auto",
-        help="of the towers; auto: bf16 or fp16 on CUDA, fp32 on CPU")
-    add("--no_amp", **on, help="the same as --precision fp32")
+    group = parser.add_argument_group("speed and memory")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--precision", choices=("auto", *PRECISIONS), default="auto",
+           help="of the towers; auto: bf16 or fp16 on CUDA, fp32 on CPU")
+    either("--no_amp", dest="precision", action="store_const", const="fp32",
+           help="the same as --precision fp32")
     add("--num_workers", type=whole, default=4, help="threads that decode, at most one per core")
     add("--pin_memory", **on, default=True, help="page-locked batches for CUDA")
     add("--no_pin_memory", dest="pin_memory", action="store_false", help="turn --pin_memory off")
@@ -262,8 +260,7 @@ def parse_args(argv=None):
     """Parse a command line; explicit flags win over --preset, which wins over --demo.
 
     Returns the namespace of all flags, and of `command`, the words that were typed, and `explicit`,
-    the names of the flags that they, the preset or the demo set. Contradictions end in parser.error
-    (exit status 2).
+    the names of the flags that they, the preset or the demo set. Contradictions exit with 2.
     """
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     parser = build_parser()
@@ -275,36 +272,28 @@ def parse_args(argv=None):
         combined = {k: v for k, v in combined.items() if k not in ("freeze_clip", "partial_freeze")}
     args = argparse.Namespace(**defaults | combined | given, command=shlex.join(words),
                               explicit=(set(combined) | set(given)) - {"preset", "demo"})
+    pairs = {"--freeze_clip and --partial_freeze": args.freeze_clip and args.partial_freeze,
+             "--split_column and --test_ratio": args.split_column and args.test_ratio,
+             "--group_column and --split_by image": args.group_column and args.split_by == "image",
+             "--repeats and --resume_from": args.repeats > 1 and args.resume_from,
+             "--predict and --export": args.predict and args.export}
+    for pair in [pair for pair, both in pairs.items() if both]:
+        parser.error(f"{pair} exclude each other: drop one of them")
     for wrong, message in (
-            (args.freeze_clip and args.partial_freeze,
-             "--freeze_clip and --partial_freeze exclude each other: drop one of them"),
             (args.val_ratio + args.test_ratio >= 1,
              f"--val_ratio {args.val_ratio:g} and --test_ratio {args.test_ratio:g} leave no "
              f"training images: their sum must stay below 1"),
-            (args.split_column and args.test_ratio,
-             f"--split_column {args.split_column} says what the test part is: drop --test_ratio"),
-            (args.group_column and args.split_by == "image",
-             "--split_by image and --group_column exclude each other: drop one of them"),
             (args.w_q + args.w_c == 0,
              "--w_q and --w_c are both 0, so nothing would be learned: raise one of them"),
             (args.refinement_dim % args.refinement_heads,
              f"--refinement_dim {args.refinement_dim} must be a multiple of --refinement_heads "
              f"{args.refinement_heads}"),
-            (args.repeats > 1 and args.resume_from,
-             "--repeats continues by itself when the command is restarted: drop --resume_from"),
             (Path(args.log_csv).name != args.log_csv,
-             f"--log_csv {args.log_csv} must be a file name: it lies in --output_dir"),
-            (args.predict and args.export,
-             "--predict and --export are two commands: give one of them"),
-            (args.no_amp and given.get("precision", "fp32") != "fp32",
-             f"--no_amp means --precision fp32, not {args.precision}: drop one of them")):
+             f"--log_csv {args.log_csv} must be a file name: it lies in --output_dir")):
         if wrong:
             parser.error(message)
     if RANK == 0:
         warn_of_idle_flags(args, given)
-    if args.no_amp:
-        args.precision = "fp32"
-        args.explicit.add("precision")
     args.cache_dir = args.cache_dir or str(Path(args.output_dir) / "cache")
     return args
 
@@ -353,7 +342,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import filelock
 import huggingface_hub
@@ -381,6 +370,9 @@ MOS_SCALES = (1.0, 5.0, 10.0, 100.0)
 PART_OF = {name: part for part, names in {
     "train": "train training trn 训练", "test": "test testing tst 测试",
     "val": "val valid validation dev development 验证"}.items() for name in names.split()}
+COLUMNS = {"name": "name_column", "prompt": "prompt_column", "mos_quality": "quality_column",
+           "mos_align": "consistency_column", "explanation": "explanation_column",
+           "group": "group_column", "part": "split_column"}  # and the flags that name them
 MOST_NARROW = 100  # longer side of an image divided by its shorter one
 
 
@@ -398,14 +390,10 @@ class Table:
     frame: pd.DataFrame
     prompts: list  # U unique texts
     explanations: list
-    scales: dict  # {"q": .., "c": ..} label scales
+    targets: dict  # {"q": (low, high) MOS, ..}; one without scores is in no loss and no output
     skipped: pd.DataFrame  # rows of skipped.csv
-    targets: tuple = TARGETS  # those that have scores; the others are in no loss and no output
-    offsets: dict = field(default_factory=lambda: dict.fromkeys(TARGETS, 0.0))
 
 
-PACKAGES = {".parquet": "pyarrow", ".xlsx": "openpyxl"}  # with which pandas reads them
-TABLES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".mat", *PACKAGES)
 IMAGES = tuple(Image.registered_extensions())
 
 
@@ -414,31 +402,22 @@ def read_table(path):
 
     Returns a DataFrame of strings without blank rows, its index the row in the file (header: 1).
     """
-    suffix, separator = Path(path).suffix.lower(), ","
+    suffix = Path(path).suffix.lower()
     try:
-        if suffix == ".parquet":
-            frame = pd.read_parquet(path, dtype_backend="numpy_nullable")
-        elif suffix == ".xlsx":
-            frame = pd.read_excel(path, header=None, dtype=object, na_filter=False)
-        else:
-            text = read_text(path)
-            separator = max("\t;,", key=re.match("[^\r\n]*", text)[0].count)
-            frame = pd.DataFrame(parse_text(text, suffix, separator), dtype=object)
-        frame = frame.astype(object).fillna("").map(str).astype(str).rename(columns=str)
+        frame = pd.DataFrame(READERS.get(suffix, csv_rows)(path), dtype=object)
+        frame = frame.fillna("").map(str).astype(str).rename(columns=str)
         frame.index = np.arange(1, len(frame) + 1)
         if suffix not in (".parquet", ".json", ".jsonl"):  # pandas would rename twins
             frame = frame.iloc[1:].set_axis([*next(frame.itertuples(index=False))], axis=1)
-        names = ["name", "prompt", "mos_quality", "mos_align", *map(str, range(5, 1000))]
         if any(name.lower().endswith(IMAGES) for name in frame):
-            raise ValueError(f"row 1 is no header but an image: add above it the line "
-                             f"{separator.join(names[:frame.shape[1]])}")
+            raise ValueError("row 1 is no header but an image: add a row above it that names every "
+                             "column, such as name, prompt, mos_quality, mos_align")
     except Exception as error:  # pandas, zip, json, csv: each in its own ways
-        why = str(error).strip() or "it is empty"
-        why = f"pip install {PACKAGES[suffix]}" if isinstance(error, ImportError) else why
-        raise UserError(f"{path} is not a readable {suffix[1:].upper() or 'CSV'} ({why}): its "
-                        f"first line must name every column, and texts with commas or quotes need "
-                        f"quotes around them, their own twice. Correct it, or --data_csv_path "
-                        f"(or --predict), or try --demo.") from error
+        raise UserError(f"{path} is not a readable {suffix[1:].upper() or 'CSV'} "
+                        f"({str(error).strip() or 'it is empty'}): its first line must name every "
+                        f"column, and texts with commas or quotes need quotes around them, their "
+                        f"own twice. Correct it, or --data_csv_path (or --predict), or try --demo."
+                        ) from error
     return frame[(frame != "").any(axis=1)]
 
 
@@ -455,24 +434,31 @@ def read_text(path):
         raise ValueError(f"byte {error.start} is not UTF-8{gbk}: save it as 'CSV UTF-8'") from error
 
 
-def parse_text(text, suffix, separator):
-    """Return a text file's rows: dictionaries of JSON, or lists of cells, all of one length."""
-    if suffix in (".json", ".jsonl"):
-        return json.loads(text) if suffix == ".json" else [
-            json.loads(line.strip() or "{}") for line in text.split("\n")]
-    rows = []
+def csv_rows(path):
+    """Return a CSV's rows as lists of cells, between the separator that its first line has most."""
+    text, rows = read_text(path), []
+    separator = max("\t;,", key=re.match("[^\r\n]*", text)[0].count)
     csv.field_size_limit(2 ** 31 - 1)
     try:
         for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True):
-            width = len(rows[0]) if rows else len(row)
-            if len(row) > width:
+            if rows and len(row) > len(rows[0]):
                 raise csv.Error("it has more cells than the first line has columns")
             if "\n" in "".join(row) and row_inside(row, separator):
                 raise csv.Error("inside of a text another row seems to begin: close its quotes")
-            rows.append(row + [""] * (width - len(row)))
+            rows.append(row)
     except csv.Error as error:
         raise ValueError(f"row {len(rows) + 1}: {error}") from error
     return rows
+
+
+READERS = {  # of tables; any other suffix is that of a CSV
+    ".parquet": lambda path: pd.read_parquet(path, "pyarrow", dtype_backend="numpy_nullable"),
+    ".xlsx": lambda path: pd.read_excel(path, header=None, dtype=object, na_filter=False),
+    ".json": lambda path: json.loads(read_text(path)),
+    ".jsonl": lambda path: [json.loads(line.strip() or "{}")
+                            for line in read_text(path).split("\n")],
+}
+TABLES = (".csv", ".tsv", ".txt", ".mat", *READERS)
 
 
 def row_inside(row, separator):
@@ -500,8 +486,7 @@ def cells_of(frame, column):
 
 def numbers_of(cells):
     """Return cells as float64, NaN where they are none; a comma is a decimal point."""
-    texts = cells.str.strip().str.replace(",", ".")
-    return pd.to_numeric(texts, errors="coerce").astype(float)
+    return pd.to_numeric(cells.str.strip().str.replace(",", "."), errors="coerce").astype(float)
 
 
 def image_names(cells):
@@ -509,68 +494,78 @@ def image_names(cells):
     return cells.str.strip().str.replace("\\", "/")
 
 
-def refuse_rows(table, frame, problems):
-    """Raise one UserError of all bad rows; problems: what, rows, remedy, column to show."""
-    lines = ""
-    for what, bad, remedy, column in problems:
-        cells = frame[column][bad]
-        for row, cell in cells[:1].items():
-            if column == "path":
-                near = [file.name for file in sorted(cell.parent.glob("*")) if cell.stem.casefold()
-                        in (file.stem.casefold(), file.name.casefold())]
-                remedy = f"near it lies {', '.join(near) or 'nothing'}; {remedy}"
-            lines += (f"\n  - {what}: {len(cells)} row{'s' * (len(cells) > 1)} "
-                      f"({', '.join(map(str, cells.index[:5]))}{', ..' * (len(cells) > 5)}), "
-                      f'"{str(cell)[:500]}" in row {row}; {remedy}')
-    if lines:
-        raise UserError(f"{table} cannot be used (a header is row 1):{lines}")
+def find_columns(raw, args):
+    """Return {column as by default: its cells}; UserError where one is missing.
+
+    One of the scores may be absent, and the prompt with consistency, unless a flag names it.
+    """
+    named = {name: getattr(args, flag) for name, flag in COLUMNS.items()
+             if getattr(args, flag) and (name != "explanation" or args.use_explanations)}
+    found = {name: cells for name, column in named.items()
+             if (cells := cells_of(raw, column)) is not None}
+    spare = (["mos_quality"] if "mos_align" in found else
+             ["mos_align", "prompt"] if "mos_quality" in found else [])
+    if missing := [name for name in named if name not in found
+                   and (name not in spare or COLUMNS[name] in args.explicit)]:
+        raise UserError(f"{args.data_csv_path} must have the columns that are read, but "
+                        f"{', '.join(map(named.get, missing))} is missing (it has "
+                        f"{', '.join(raw.columns)}): choose it with --"
+                        f"{', --'.join(map(COLUMNS.get, missing))}, or add a header line.")
+    return found
 
 
 def load_table(args):
     """Read and check the whole CSV; raise one UserError that lists all that is wrong with it."""
-    raw, path = read_table(args.data_csv_path), args.data_csv_path
-    columns = {"name": args.name_column, "prompt": args.prompt_column,
-               "mos_quality": args.quality_column, "mos_align": args.consistency_column}
-    columns |= {name: column for name, column in (
-        ("explanation", args.use_explanations and args.explanation_column),
-        ("group", args.group_column), ("part", args.split_column)) if column}
-    left_out = absent_ones(raw, args)
-    columns = {name: column for name, column in columns.items() if name not in left_out}
-    if absent := [column for column in columns.values() if cells_of(raw, column) is None]:
-        raise UserError(f"{path} needs the columns {', '.join(columns.values())}, but "
-                        f"{', '.join(absent)} is missing (it has {', '.join(raw.columns)}): "
-                        f"choose it with --name_column, --prompt_column, --quality_column, "
-                        f"--consistency_column, --explanation_column, --group_column or "
-                        f"--split_column, or add a header line.")
-    if raw.empty:
+    path = args.data_csv_path
+    raw = read_table(path)
+    frame = pd.DataFrame({"prompt": ""} | find_columns(raw, args), raw.index)
+    if frame.empty:
         raise UserError(f"{path} has a header but no rows: add one per image.")
-    frame = pd.DataFrame({"prompt": ""} | {name: cells_of(raw, own)
-                                           for name, own in columns.items()}, raw.index)
+    blank = frame.apply(lambda cells: cells.str.strip() == "")
+    fill = "fill them in or remove the rows"
     frame["path"] = [Path(args.image_base_dir, name) for name in image_names(frame["name"])]
     frame["stamp"] = [f"{(stat := os.stat(path)).st_size}-{stat.st_mtime_ns}"
                       if os.path.isfile(path) else "" for path in frame["path"]]
     wrong_parts = read_parts(frame, raw, args)
-    scales, offsets, wrong_scores = read_scores(frame, columns, args)
-    blank = frame["name"].str.strip() == ""
-    no_prompt = (frame["prompt"].str.strip() == "") & frame["c"].notna()
+    targets, wrong_scores = read_scores(frame, args)
     refuse_rows(path, frame, [  # what, bad rows, remedy, column to show
-        ("empty image names", blank, "fill them in or remove the rows", "name"),
-        ("duplicate image names", frame["path"].duplicated(keep=False) & ~blank,
+        ("empty image names", blank["name"], fill, "name"),
+        ("duplicate image names", frame["path"].duplicated(keep=False) & ~blank["name"],
          "keep one row per image", "name"),
-        ("empty prompts", no_prompt, "fill them in or remove the rows", "prompt"),
-        (f"image files missing in {args.image_base_dir}", ~blank & (frame["stamp"] == "")
+        ("empty prompts", blank["prompt"] & frame["c"].notna(), fill, "prompt"),
+        (f"empty {args.group_column}", blank.get("group", []), fill, "name"),
+        (f"image files missing in {args.image_base_dir}", ~blank["name"] & (frame["stamp"] == "")
          & (not args.skip_bad_images), "check --image_base_dir and the names", "path"),
         *wrong_parts, *wrong_scores])
-    targets = trained_targets(frame, args)
+    check_targets(targets, args)
     frame, skipped = drop_bad_images(frame.sort_values("name"), args)
     frame["prompt_id"], prompts = pd.factorize(frame["prompt"], sort=True)
-    frame["group_id"] = groups_of(frame, args)
+    groups = folded(frame["group" if args.group_column else "prompt"])
+    frame["group_id"], _ = pd.factorize(  # a row without one is its own group
+        groups.where(groups != "", "\0" + frame["name"]), sort=True)
     texts = frame.get("explanation", pd.Series("", frame.index)).str.strip()
     frame["explanation_id"], explanations = pd.factorize(texts.where(texts != ""), sort=True)
     if args.use_explanations and not len(explanations):
         raise UserError(f"{path} has no text in its column {args.explanation_column}: fill it in, "
                         f"or drop --use_explanations.")
-    return Table(frame, list(prompts), list(explanations), scales, skipped, targets, offsets)
+    return Table(frame, list(prompts), list(explanations), targets, skipped)
+
+
+def refuse_rows(table, frame, problems):
+    """Raise one UserError of all bad rows; problems: what, rows, remedy, column to show."""
+    lines = ""
+    for what, bad, remedy, column in problems:
+        rows = frame.index[bad]
+        for cell in frame.loc[rows[:1], column] if len(rows) else ():
+            if column == "path":
+                near = [file.name for file in sorted(cell.parent.glob("*")) if cell.stem.casefold()
+                        in (file.stem.casefold(), file.name.casefold())]
+                remedy = f"near it lies {', '.join(near) or 'nothing'}; {remedy}"
+            lines += (f"\n  - {what}: {len(rows)} row{'s' * (len(rows) > 1)} "
+                      f"({', '.join(map(str, rows[:5]))}{', ..' * (len(rows) > 5)}), "
+                      f'"{str(cell)[:500]}" in row {rows[0]}; {remedy}')
+    if lines:
+        raise UserError(f"{table} cannot be used (a header is row 1):{lines}")
 
 
 def folded(texts):
@@ -578,98 +573,75 @@ def folded(texts):
     return texts.map(lambda text: " ".join(text.casefold().split()))
 
 
-def read_parts(frame, raw, args):
-    """Make of a split column train, val, test, or name one of the raw file that is ignored.
-
-    Returns its problems and those of the group.
-    """
-    for column, cells in raw.items() if not args.split_column else ():
-        parts = named_parts(cells.drop_duplicates())
-        if column.strip().casefold() == "split" or (parts.nunique() > 1 and parts.notna().all()):
-            print(f"the column {column} is ignored: --split_column {column} splits by it")
-    texts = frame.get("part", pd.Series("train", frame.index))
-    parts = named_parts(texts)
-    if args.split_column:
-        frame["part"] = parts
-    empty = folded(frame["group"]) == "" if args.group_column else parts == ""
-    values = ", ".join(map(repr, texts[parts.isna()].unique()[:5]))
-    return [(f"{args.split_column} that is no part ({values})", parts.isna(),
-             "call it train, val or test", "name"),
-            (f"empty {args.group_column}", empty, "fill them in or remove the rows", "name")]
-
-
-def groups_of(frame, args):
-    """Return the number of each row's group or prompt; without one a row is its own group."""
-    texts = folded(frame["group" if args.group_column else "prompt"])
-    return pd.factorize(texts.where(texts != "", "\0" + frame["name"]), sort=True)[0]
-
-
 def named_parts(texts):
     """Return "train", "val" or "test" for each usual name of it, NaN for other texts."""
     return folded(texts).str.replace(r"[\W_]*(set|split|集)$", "", regex=True).map(PART_OF)
 
 
-def absent_ones(frame, args):
-    """Return the columns that may be absent and are: one score, and the prompt if consistency is.
+def read_parts(frame, raw, args):
+    """Make of a split column train, val, test; returns problems as refuse_rows has them.
 
-    A name that the user gave must be there.
+    Without --split_column, those of the raw file that look like one are named.
     """
-    flags = {"mos_quality": "quality_column", "mos_align": "consistency_column",
-             "prompt": "prompt_column"}
-    absent = {name for name, flag in flags.items() if cells_of(frame, name) is None
-              and getattr(args, flag) == name and flag not in args.explicit}
-    if {"mos_quality", "mos_align"} <= absent:
-        return set()
-    return absent if "mos_align" in absent else absent - {"prompt"}
+    if args.split_column:
+        cells, frame["part"] = frame["part"], named_parts(frame["part"])
+        unknown = frame["part"].isna()
+        values = ", ".join(map(repr, cells[unknown].unique()[:5]))
+        return [(f"{args.split_column} that is no part ({values})", unknown,
+                 "call it train, val or test", "name")]
+    for column, cells in raw.items():
+        parts = named_parts(cells.drop_duplicates())
+        if column.strip().casefold() == "split" or (parts.nunique() > 1 and parts.notna().all()):
+            print(f"the column {column} is ignored: --split_column {column} splits by it")
+    return []
 
 
-def read_scores(frame, columns, args):
-    """Add the columns q and c to the frame; returns (scales, offsets, problems as load_table's).
+def read_scores(frame, args):
+    """Add the columns q and c; returns (Table.targets, problems as refuse_rows has them).
 
     Scores that go below 0 (z-scores) are read as symmetrical around it.
     """
-    scales, offsets, problems = {}, {}, []
+    targets, problems = {}, []
     for target, name in (("q", "mos_quality"), ("c", "mos_align")):
-        text, column = frame.get(name, pd.Series("", frame.index)).str.strip(), columns.get(name)
-        mos = numbers_of(text)
-        finite, flag = np.isfinite(mos), f"label_scale_{target}"
-        fitting = [scale for scale in MOS_SCALES if not mos[finite].abs().max() > scale]
-        top, below = getattr(args, flag) or (fitting or MOS_SCALES[-1:])[0], finite & (mos < 0)
-        offsets[target] = -top if below.any() else 0.0
-        scales[target] = top - offsets[target]
-        frame[target] = ((mos - offsets[target]) / scales[target]).astype(np.float32)
-        if below.any():
+        text = frame.get(name, pd.Series("", frame.index)).str.strip()
+        mos, column, flag = numbers_of(text), getattr(args, COLUMNS[name]), f"label_scale_{target}"
+        finite = np.isfinite(mos)
+        high = getattr(args, flag) or next(
+            (scale for scale in MOS_SCALES if mos[finite].abs().max() <= scale), MOS_SCALES[-1])
+        below = finite & (mos < 0)
+        low = -high if below.any() else 0.0
+        frame[target] = ((mos - low) / (high - low)).astype(np.float32)
+        if finite.any():
+            targets[target] = low, high
+        if low:
             print(f"{column} is below 0 in {below.sum()} of {len(mos)} rows (lowest "
-                  f"{mos.min():g}): it is read as scores from {-top:g} to {top:g}")
-        problems += [
-            (f"{column} that is not a finite number", ~finite & (text != ""),
-             "correct them; an empty cell is no score", name),
-            (f"{column} above the label scale {top:g}{' or below its negative' * int(below.any())}",
-             finite & (mos.abs() > top), f"give the top of your scale with --{flag}", name)
-        ] if column else []
-    names = " nor ".join(columns[name] for name in ("mos_quality", "mos_align") if name in columns)
+                  f"{mos.min():g}): it is read as scores from {low:g} to {high:g}")
+        problems += [(f"{column} that is not a finite number", ~finite & (text != ""),
+                      "correct them; an empty cell is no score", name),
+                     (f"{column} outside of the label scale {low:g} to {high:g}",
+                      finite & (mos.abs() > high), f"give its top with --{flag}", name)]
     scoreless = frame[["q", "c"]].isna().all(axis=1) & (frame.get("part") != "test")
-    return scales, offsets, [*problems, (f"neither {names}" if " " in names else f"no {names}",
-                                         scoreless, "fill in one of them or remove the rows",
-                                         "name")]
+    return targets, [*problems, ("neither quality nor consistency", scoreless,
+                                 "give one of them or remove the rows", "name")]
 
 
-def to_mos(score, target, scales, offsets):
-    """Return scores on [0, 1], an array or tensor, on the MOS scale."""
-    return offsets[target] + scales[target] * score
+def to_mos(score, ends):
+    """Return scores on [0, 1], an array or tensor, on the MOS scale of these ends."""
+    low, high = ends
+    return low + (high - low) * score
 
 
-def trained_targets(frame, args):
-    """Return the targets that have scores; raise UserError where flags want another one."""
-    targets = tuple(target for target in TARGETS if frame[target].notna().any())
-    for target, other in zip(TARGETS, TARGETS[::-1]):
-        if target in targets and other not in targets:
-            print(f"only {TITLES[target]} is trained: there are no scores of {TITLES[other]}")
-            if args.select_by == TITLES[other] or not getattr(args, f"w_{target}"):
-                raise UserError(f"Only what has scores can be trained and select, which is "
-                                f"{TITLES[target]} here, but --select_by is {args.select_by} and "
-                                f"--w_{target} {getattr(args, f'w_{target}'):g}: drop these flags.")
-    return targets
+def check_targets(targets, args):
+    """Say where one target alone has scores; raise UserError where flags want the other one."""
+    if len(targets) != 1:
+        return
+    (only,), (other,) = targets, set(TARGETS) - {*targets}
+    print(f"only {TITLES[only]} is trained: there are no scores of {TITLES[other]}")
+    weight = getattr(args, f"w_{only}")
+    if args.select_by == TITLES[other] or not weight:
+        raise UserError(f"Only what has scores can be trained and select, which is {TITLES[only]} "
+                        f"here, but --select_by is {args.select_by} and --w_{only} {weight:g}: "
+                        f"drop these flags.")
 
 
 def split_rows(table, args, seed):
@@ -679,10 +651,9 @@ def split_rows(table, args, seed):
     depends on the seed alone; one is taken while that brings the part's number of images closer to
     its ratio. What the table says about the parts stays; of it, only a missing val is drawn.
     """
-    group = np.arange(len(table.frame))
-    if args.split_by == "prompt":
-        group = table.frame["group_id"].to_numpy()
-    part = table.frame.get("part", pd.Series("train", table.frame.index)).to_numpy(object)
+    frame, by_prompt = table.frame, args.split_by == "prompt"
+    group = frame["group_id"].to_numpy() if by_prompt else np.arange(len(frame))
+    part = frame.get("part", pd.Series("train", frame.index)).to_numpy(object)
     order = np.random.default_rng([seed, 0]).permutation(group.max() + 1)
     whole = (part == "train").sum()
     for name, ratio in (("test", args.test_ratio), ("val", args.val_ratio)):
@@ -694,12 +665,11 @@ def split_rows(table, args, seed):
         part = np.where(free & taken[group], name, part)
     parts = {name: np.flatnonzero(part == name) for name in ("train", "val", "test")}
     for (name, rows), target in itertools.product(parts.items(), table.targets):
-        scored = table.frame[target].iloc[rows].count()
+        scored = frame[target].iloc[rows].count()
         if scored < 2 and (name != "test" or args.test_ratio):
             raise UserError(f"Each part needs at least 2 images with a score of {TITLES[target]}, "
                             f"but {name} has {scored} of {len(group)} (in {len(order)} groups): "
-                            f"add images or prompts, or change --val_ratio, --test_ratio, "
-                            f"--split_by, --split_column or --seed.")
+                            f"add some, or change ratios, --split_by, --split_column or --seed.")
     return parts
 
 
@@ -710,32 +680,31 @@ class ImageError(ValueError):
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 28  # Pillow: 2 ** 20
 
 
-def load_image(path):
+def load_image(image):
     """Return the image as as_rgb does, the first frame where it is animated.
 
-    path: of the file, or an open PIL image or array. Raises ImageError where it is no readable
-    image, or one so large or so narrow that it would fill the memory.
+    image: the path of a file, or an open PIL image or array. Raises ImageError where it is no
+    readable image, or one so large or so narrow that it would fill the memory.
     """
+    data = b""
     try:
-        if isinstance(path, np.ndarray):
-            path = Image.fromarray(path)
-        with (contextlib.nullcontext(path) if isinstance(path, Image.Image)  # which stays open
-              else Image.open(path)) as image:
-            size = f"{image.width} x {image.height} pixels"
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow: at twice that only
-                raise ImageError(f"its {size} could be a decompression bomb")
-            if max(image.size) > MOST_NARROW * min(image.size):  # its resized long side blows up
-                raise ImageError(f"it has {size}, and the longer side may be {MOST_NARROW} times "
-                                 f"the shorter at most")
-            data = (Path(path).read_bytes() if image is not path
-                    and image.format in ("JPEG", "MPO") else None)
-            ends = data is None or b"\xff\xd9" in data[image.fp.tell():]
-            return as_rgb(image if ends else without_end(data))
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        elif not isinstance(image, Image.Image):
+            data = Path(image).read_bytes()
+            image = Image.open(io.BytesIO(data))
+        size = f"{image.width} x {image.height} pixels"
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow: at twice that only
+            raise ImageError(f"its {size} could be a decompression bomb")
+        if max(image.size) > MOST_NARROW * min(image.size):  # its resized long side blows up
+            raise ImageError(f"it has {size}, and the longer side may be {MOST_NARROW} times the "
+                             f"shorter at most")
+        if data and image.format in ("JPEG", "MPO") and b"\xff\xd9" not in data[image.fp.tell():]:
+            image = without_end(data)
+        return as_rgb(image)
     except UnidentifiedImageError as error:
-        with open(path, "rb") as file:
-            start = file.read(40)
-        lfs = " of a Git LFS pointer: fetch the image with git lfs pull" * (b"git-lfs" in start)
-        raise ImageError(f"{error}: it begins with {start}{lfs}") from error
+        lfs = " of a Git LFS pointer: fetch the image with git lfs pull" * (b"git-lfs" in data[:40])
+        raise ImageError(f"cannot identify it: it begins with {data[:40]}{lfs}") from error
     except Exception as error:  # damaged files make decoders fail in every way there is
         raise ImageError(str(error) or type(error).__name__) from error
 
@@ -2398,9 +2367,8 @@ def save_checkpoint(run, best):
     content = {"format": FORMAT, "version": FORMAT_VERSION, "seed": run.seed,
                "args": {k: v for k, v in vars(run.args).items() if k != "explicit"} | {
                    "precision": run.args.asked_precision},  # another machine may do another best
-               "identity": run.identity, "scales": run.table.scales, "split": split_hash(run),
-               "offsets": run.table.offsets, "targets": run.table.targets,
-               "data": data_hash(run.table),
+               "identity": run.identity, "targets": run.table.targets,
+               "split": split_hash(run), "data": data_hash(run.table),
                "prompts": prompt_hashes(run.table, run.parts["train"]),
                "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
                "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
@@ -2497,9 +2465,12 @@ def load_checkpoint(path):
             raise ValueError(f"it has version {content['version']}, this baseline.py reads "
                              f"{FORMAT_VERSION}: use the one that wrote it, whose commit is in its "
                              f"config.json, or train again")
-        plain = {"targets": TARGETS, "offsets": dict.fromkeys(TARGETS, 0.0)}  # of older runs
+        if "scales" in content:  # of an older run: high - low, and perhaps low apart
+            lows = {t: content.get("offsets", {}).get(t, 0.0) for t in TARGETS}
+            content["targets"] = {t: (lows[t], lows[t] + content["scales"][t])
+                                  for t in content.get("targets", TARGETS)}
         content["args"].setdefault("image_size", None)
-        return plain | content | {"path": name}
+        return content | {"path": name}
     except Exception as error:  # zip, pickle and tensor errors all mean the same to a user
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         beside = [other for other in path.parent.glob("baseline_*.pt")
@@ -2627,8 +2598,8 @@ def print_setup(args, table, parts, scorer, device):
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items() if len(rows))
     groups, prompts = table.frame["group_id"].to_numpy(), sum(map(bool, table.prompts))
     print(f"data: {len(groups)} images, {prompts} prompts, split by {split_name(args)}: {counts}; "
-          f"label scales " + ", ".join(f"{t.upper()} {table.scales[t] + table.offsets[t]:g}"
-                                       for t in table.targets))
+          f"label scales " + ", ".join(f"{t.upper()} {high:g}"
+                                       for t, (_, high) in table.targets.items()))
     if split_name(args) == "prompt" and groups.max() >= 0.9 * len(groups):
         print(f"nearly every prompt is unique ({prompts} prompts, {len(groups)} images), so this "
               f"is nearly a split by image: --group_column names what else must stay together")
@@ -2801,8 +2772,7 @@ def keep_records(run, preds, row):
     for part in [part for part in ("val", "test") if part in preds]:
         table = frame.reindex(columns=["name", "prompt", "mos_quality", "mos_align"])
         table = table.iloc[run.parts[part]].dropna(axis="columns")
-        table = add_scores(table, preds[part], run.table.scales, run.table.offsets,
-                           run.table.targets)
+        table = add_scores(table, preds[part], run.table.targets)
         save_text(folder / f"{part}_predictions.csv", table.to_csv(index=False))
     if not args.no_plots:
         write_report(run, preds[row["part"]], row, before + findings)
@@ -2811,10 +2781,10 @@ def keep_records(run, preds, row):
     save_text(folder / "result.json", json_text(row))
 
 
-def add_scores(table, pred, scales, offsets, targets):
+def add_scores(table, pred, targets):
     """Return the table with the columns of scores for people: clamped, on the MOS scale."""
     return table.assign(**{
-        name: to_mos(pred[key].to_numpy(float).clip(0, 1), key[0], scales, offsets).round(6)
+        name: to_mos(pred[key].to_numpy(float).clip(0, 1), targets[key[0]]).round(6)
         for name, key in SCORES.items() if key[0] in targets})
 
 
@@ -2841,8 +2811,7 @@ def write_config(run):
     save_text(folder / "config.json", json_text({
         "arguments": {k: v for k, v in vars(args).items() if k != "explicit"}, "seed": run.seed,
         "fingerprint": fingerprint(args, table), "identity": run.identity,
-        "label_scales": table.scales, "label_offsets": table.offsets, "targets": table.targets,
-        "split": split_hash(run),
+        "label_scales": table.targets, "split": split_hash(run),
         "images": {part: len(rows) for part, rows in run.parts.items()},
         "versions": {"python": sys.version.split()[0]} | {
             module.__name__: module.__version__ for module in (torch, open_clip, pd, np, scipy)},
@@ -3079,9 +3048,8 @@ def draw_scatter(pred, frame, table, row, path):
     """Draw predicted against human MOS of each target, on the MOS scale."""
     with picture(path, 1, len(table.targets), (5 * len(table.targets), 4.8)) as axes:
         for axis, t in zip(axes[0], table.targets):
-            human, ours = (to_mos(side, t, table.scales, table.offsets)
-                           for side in (frame[t], pred[t].clip(0, 1)))
-            part, ends = row["part"], (table.offsets[t], table.offsets[t] + table.scales[t])
+            part, ends = row["part"], table.targets[t]
+            human, ours = (to_mos(side, ends) for side in (frame[t], pred[t].clip(0, 1)))
             axis.scatter(human, ours, s=12, alpha=0.5, color=COLOURS[t], edgecolors="none")
             axis.plot(ends, ends, color="black", linewidth=0.8, label="identity")
             axis.set(title=f"{TITLES[t]} ({part}): SROCC {row[f'{part}_srocc_{t}']:.3f}, "
@@ -3093,7 +3061,7 @@ def draw_scatter(pred, frame, table, row, path):
 
 def draw_worst(pred, frame, table, path, count=6):
     """Draw a contact sheet of the images that each target gets most wrong."""
-    targets, count = table.targets, min(count, *(frame[t].count() for t in table.targets))
+    targets, count = list(table.targets), min(count, *(frame[t].count() for t in table.targets))
     with picture(path, len(targets), count, (2.5 * count, 3.4 * len(targets))) as axes:
         for place, axis in enumerate(axes.flat):
             t = targets[place // count]
@@ -3104,7 +3072,7 @@ def draw_worst(pred, frame, table, path, count=6):
                 image = Image.new("RGB", (8, 8), "grey")
             image.thumbnail((256, 256))
             axis.imshow(image)
-            human, ours = (to_mos(side.iloc[worst], t, table.scales, table.offsets)
+            human, ours = (to_mos(side.iloc[worst], table.targets[t])
                            for side in (frame[t], pred[t].clip(0, 1)))
             axis.set_title(f"{TITLES[t]}: human {human:.2f}, predicted {ours:.2f}", fontsize=7)
             prompt = "\n".join(textwrap.wrap(frame["prompt"].iloc[worst], 26, max_lines=3,
@@ -3280,8 +3248,7 @@ class Scorer(nn.Module):
                     setattr(twin, name, parameter)
         load_trained_state(self.model, content["state"], content["path"])
         self.args, self.saved = argparse.Namespace(**vars(args) | {"cache": "off"}), saved
-        self.targets, self.scales = content["targets"], content["scales"]
-        self.offsets = content["offsets"]
+        self.targets = content["targets"]
         self.requires_grad_(False).to(device).eval()
 
     def train(self, mode=True):
@@ -3327,7 +3294,7 @@ class Scorer(nn.Module):
         index, *texts = self.texts(one_each(prompts, len(pixels)))
         images = Decoder([], self.identity["preprocess"]).resize(pixels.to(texts[0])) * 255
         out = self.outputs(images, index, *texts)
-        return {name: to_mos(out[key], key[0], self.scales, self.offsets)
+        return {name: to_mos(out[key], self.targets[key[0]])
                 for name, key in SCORES.items() if key[0] in self.targets}
 
     @torch.no_grad()
@@ -3371,8 +3338,7 @@ class Scorer(nn.Module):
             return pd.DataFrame(columns=[*SCORES, "error"])
         pred = pd.concat(self.scored(images, one_each(prompts, len(images)), batches_of(
             len(images), self.args.batch_size)))
-        return add_scores(pred[[]], pred, self.scales, self.offsets,
-                          self.targets).assign(error=pred["error"])
+        return add_scores(pred[[]], pred, self.targets).assign(error=pred["error"])
 
 
 def one_each(prompts, count):
@@ -3407,7 +3373,7 @@ Scores AI-generated images: `python baseline.py --predict IMAGES --checkpoint FO
 `baseline.load(FOLDER).score(images, prompts)`. Licence: FILL IN.
 
 - CLIP: {model} ({pretrained})
-- data: {csv}, label scales {scales}; split {split}, seed {seed}: {images}
+- data: {csv}, label scales {targets}; split {split}, seed {seed}: {images}
 - trained by `python baseline.py {command}`
 
 {scores}
@@ -3529,10 +3495,10 @@ def score_rows(args, content, partial, key, paths, prompts, device):
 def judge(frame, pred, expected, saved, content):
     """Print metrics where there are human scores, and warn where the scores tell nothing."""
     columns = {"q": saved.quality_column, "c": saved.consistency_column}
-    for t in content["targets"]:
+    for t, (low, high) in content["targets"].items():
         cells = cells_of(frame, columns[t])
         mos = numbers_of(pd.Series("", frame.index) if cells is None else cells)
-        mos = (mos - content["offsets"][t]) / content["scales"][t]
+        mos = (mos - low) / (high - low)
         good = np.isfinite(mos) & np.isfinite(pred[t])
         if good.any():
             measured = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
@@ -3554,12 +3520,11 @@ def add_columns(args, frame, pred, prompts, errors, content):
     Ranks are by the mean of the scores on [0, 1], of quality alone where there is no prompt;
     equals rank in the order of their rows.
     """
-    targets = list(content["targets"])
     for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
         free = (name + "_input" * k for k in itertools.count(1))
         frame = frame.rename(columns={name: next(n for n in free if n not in frame)})
-    frame = add_scores(frame, pred, content["scales"], content["offsets"], targets)
-    mean = pred[targets].clip(0, 1).mean(axis=1).round(6)
+    frame = add_scores(frame, pred, content["targets"])
+    mean = pred[list(content["targets"])].clip(0, 1).mean(axis=1).round(6)
     rank = mean.groupby(np.array(prompts, dtype=object)).rank(method="first", ascending=False)
     frame["error"], frame["rank_in_prompt"] = errors, rank.astype("Int64")
     limits = ((args.min_quality, frame.get("quality")),

@@ -110,7 +110,7 @@ def test_pixels_are_scored_like_files_and_carry_gradients(own, build, data):
                          for s in (-step, step))
             moved = (pixels + step).clamp(0, 1) - (pixels - step).clamp(0, 1)
         assert abs((high - low) / (grad * moved).sum() - 1) < 0.05
-    scorer.scales = {"q": 10.0, "c": 100.0}
+    scorer.targets = {"q": (0.0, 10.0), "c": (0.0, 100.0)}
     with torch.no_grad():
         scorer.model.quality.base.bias += 9
         scorer.model.quality.delta[3].bias += 9

@@ -98,19 +98,20 @@ def test_automatic_label_scale(table, changed, data, largest, scale):
     rows = [{**row, "mos_quality": largest * i / (len(data.rows) - 1)}
             for i, row in enumerate(data.rows)]
     result = table(changed(rows=rows))
-    assert result.scales == {"q": scale, "c": 5}
+    assert result.targets == {"q": (0, scale), "c": (0, 5)}
     assert result.frame["q"].max() == np.float32(largest / scale)
 
 
 def test_explicit_label_scales(table, changed, data, refused):
     """An explicit scale is used as it is, for its own target only; no MOS may be above it."""
     result = table(changed(), "--label_scale_q", 7, "--label_scale_c", 5.5)
-    assert result.scales == {"q": 7, "c": 5.5}
+    assert result.targets == {"q": (0, 7), "c": (0, 5.5)}
     first, own = data.rows[0], result.frame.iloc[0]
     assert own["q"] == np.float32(first["mos_quality"] / 7)
     assert own["c"] == np.float32(first["mos_align"] / 5.5)
     said = refused("--label_scale_c", 5, data=changed({5: {"mos_align": 5.5}}))
-    assert "mos_align above the label scale 5: 1 row (7)" in said and "--label_scale_c" in said
+    assert "mos_align outside of the label scale 0 to 5: 1 row (7)" in said
+    assert "--label_scale_c" in said
 
 
 def test_short_rows_have_no_explanation(table, changed, tmp_path):
@@ -128,11 +129,12 @@ def test_short_rows_have_no_explanation(table, changed, tmp_path):
 
 BAD_CELLS = [
     ({3: {"mos_quality": "good"}}, ["mos_quality", "not a finite number", "1 row", "(5)"]),
-    ({3: {"mos_quality": "", "mos_align": " "}}, ["neither mos_quality nor mos_align: 1 row (5)"]),
+    ({3: {"mos_quality": "", "mos_align": " "}}, ["neither quality nor consistency: 1 row (5)"]),
     ({3: {"mos_align": "NaN"}}, ["mos_align", "not a finite number", "(5)"]),
     ({3: {"mos_align": "inf"}}, ["mos_align", "not a finite number", "(5)"]),
-    ({4: {"mos_quality": "-100.1"}}, ["below its negative: 1 row (6)", "--label_scale_q"]),
-    ({5: {"mos_quality": "101"}}, ["mos_quality above the label scale 100: 1 row (7)",
+    ({4: {"mos_quality": "-100.1"}}, ["outside of the label scale -100 to 100: 1 row (6)",
+                                       "--label_scale_q"]),
+    ({5: {"mos_quality": "101"}}, ["mos_quality outside of the label scale 0 to 100: 1 row (7)",
                                    "--label_scale_q"]),
     ({0: {"prompt": ""}}, ["empty prompts", "1 row", "(2)"]),
     ({0: {"prompt": "  "}}, ["empty prompts", "(2)"]),
@@ -169,11 +171,12 @@ def test_all_kinds_come_in_one_error_with_their_first_rows(refused, changed, no_
     ("prompt", []), ("mos_align", ["--consistency_column", "mos_align"]),
     ("mos_quality", ["--quality_column", "mos_quality"]), ("explanation", ["--use_explanations"])])
 def test_missing_column_names_what_is_there(refused, changed, no_model, name, more):
-    """A missing column is refused with its name, the columns that exist and the flags."""
+    """A missing column is refused with its name, the columns that exist and its flag."""
     said = refused(*more, data=changed(columns=[c for c in COLUMNS if c != name]))
     assert f"{name} is missing" in said
     assert "name, " in said.split("it has")[1]
-    assert "--prompt_column" in said and "--explanation_column" in said
+    flag = {"mos_quality": "quality", "mos_align": "consistency"}.get(name, name)
+    assert f"--{flag}_column" in said
 
 
 HEAD = b"name,prompt,mos_quality,mos_align\n"
@@ -210,7 +213,7 @@ def fake_table(sizes):
     frame = pd.DataFrame({"name": [f"{i:04d}" for i in range(len(prompt_id))],
                           "prompt_id": prompt_id, "group_id": prompt_id, "q": 0.5, "c": 0.5})
     prompts = [f"prompt {i:03d}" for i in range(len(sizes))]
-    return baseline.Table(frame, prompts, [], {"q": 1, "c": 1}, None)
+    return baseline.Table(frame, prompts, [], {"q": (0, 1), "c": (0, 1)}, None)
 
 
 def split(table, seed=0, **values):
@@ -393,5 +396,5 @@ def test_config_records_split_and_scales(train):
     """config.json says what the labels were divided by and which split it was."""
     run = train("--freeze_clip", "--epochs", 1, "--test_ratio", 0.2)
     config = read_json(run.folder / "config.json")
-    assert config["label_scales"] == {"q": 5, "c": 5}
+    assert config["label_scales"] == {"q": [0, 5], "c": [0, 5]}
     assert config["split"] == run.row["split"] and sum(config["images"].values()) == 36

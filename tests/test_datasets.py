@@ -107,7 +107,7 @@ def test_a_recipe_makes_what_its_command_reads(tmp_path, monkeypatch, section, m
     for _, row in table.frame.iterrows():
         prompt, *mos = want.pop(row["name"])
         assert row["prompt"] == prompt
-        scores = [row[t] * table.scales[t] for t in table.targets]
+        scores = [baseline.to_mos(row[t], table.targets[t]) for t in table.targets]
         assert np.allclose(scores, mos if len(scores) > 1 else mos[:1], rtol=1e-5)
     assert not want
 

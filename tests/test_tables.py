@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -165,8 +166,8 @@ def test_texts_of_several_lines_are_texts(table, data, tmp_path, text):
     ("name,prompt\na.png,Ein Schloß über Höhlen\n".encode("cp1252"), ["byte 27 is not UTF-8"]),
     (b"MATLAB 5.0 MAT-file, Platform: GLNXA64" + b"\0" * 90, ["MATLAB", "docs/DATASETS.md"]),
     (b"img_000.png,a cat,3.5,4\nimg_001.jpg,a dog,2,3\n",
-     ["row 1 is no header", "the line name,prompt,mos_quality,mos_align"]),
-    (b"img_000.png;3,5\n", ["the line name;prompt"]),
+     ["row 1 is no header", "such as name, prompt, mos_quality, mos_align"]),
+    (b"img_000.png;3,5\n", ["row 1 is no header"]),
     (b"name,prompt,mos_quality,mos_align\nimg_000.png,a,1,2\nimg_001.jpg,a,2,3,4\n",
      ["row 3: it has more cells"])])
 def test_what_it_is_is_said(refuse, tmp_path, content, words):
@@ -194,7 +195,8 @@ def test_a_reader_that_is_not_installed(rows, tmp_path, kind, package):
             f"baseline.main(['--data_csv_path', {str(tmp_path / f'a.{kind}')!r}])")
     done = subprocess.run([sys.executable, "-c", code], cwd=baseline.HERE, capture_output=True,
                           text=True, check=False)
-    assert done.returncode == 2 and f"pip install {package}" in done.stderr
+    assert done.returncode == 2
+    assert re.search(f"install (the )?{package}", done.stderr)
     assert "Traceback" not in done.stderr
 
 

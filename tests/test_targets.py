@@ -50,7 +50,7 @@ def test_one_score_alone(train, changed, capsys, only, other, more, empty):
         assert not [key for key in read_csv(run.folder / f"{part}_predictions.csv")[0]
                     if title in key and not (empty and key == column)]
     content = load(run.folder)
-    assert content["targets"] == (only,)
+    assert [*content["targets"]] == [only]
     assert all(value.isfinite().all() for value in content["state"].values())
 
 
@@ -163,7 +163,7 @@ def test_scores_below_0(train, changed, capsys, tmp_path, data):
     said = capsys.readouterr().out
     assert "mos_quality is below 0 in" in said and "from -1 to 1" in said
     content = load(run.folder, "baseline_best.pt")
-    assert content["offsets"] == {"q": -1, "c": 0} and content["scales"] == {"q": 2, "c": 5}
+    assert content["targets"] == {"q": (-1, 1), "c": (0, 5)}
     rows = read_csv(run.folder / "val_predictions.csv")
     assert min(float(row["quality"]) for row in rows) < 0
     error = [(float(row["quality"]) - float(row["mos_quality"])) / 2 for row in rows]
