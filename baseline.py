@@ -1325,7 +1325,7 @@ class Run:
     texts: "TextInputs"
     mos: dict  # {"q", "c"} of (N,) scaled human MOS on the device, 0 where there is none
     s0: torch.Tensor  # (N,) cosines by the CLIP before training
-    teacher: torch.Tensor | None  # (E, D) embeddings of the explanations
+    teacher: torch.Tensor | None  # (N, D) embeddings of the explanations, any where there is none
     floors: dict  # {name: {"q", "c"} of (N,) predictions}
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -1363,21 +1363,27 @@ def lr_factor(update, per_epoch, args):
             }[args.scheduler]
 
 
-def forward(run, model, views, x):
-    """Return the outputs of a model for a batch of views and the image tower's input for them."""
-    texts = run.texts.read(run.table.frame["prompt_id"].to_numpy()[views.row])
+def inputs(run, batches):
+    """Yield (rows, x, texts) of each batch of views, on the device, which waits for no copy.
+
+    rows: (B,); x: what the image tower's suffix takes; texts: see TextInputs.stream.
+    """
+    rows = [views.row for views in batches]
+    prompts = run.table.frame["prompt_id"].to_numpy()
+    return zip(staged(rows, run.device), run.images.stream(batches),
+               run.texts.stream([prompts[index] for index in rows]))
+
+
+def forward(run, model, rows, x, texts):
+    """Return the outputs of a model for what inputs yields."""
     with autocast(run.args, run.device):
-        return model(x, *texts, run.s0[torch.from_numpy(views.row).to(run.device)])
+        return model(x, *texts, run.s0[rows])
 
 
-def targets_of(run, views):
+def targets_of(run, rows):
     """Return {"q", "c"[, "teacher"]} that the losses compare with; add your own column here."""
-    rows = torch.from_numpy(views.row).to(run.device)
     batch = {target: run.mos[target][rows] for target in TARGETS}
-    if run.teacher is not None:
-        ids = torch.from_numpy(run.table.frame["explanation_id"].to_numpy()[views.row])
-        batch["teacher"] = run.teacher[ids.clamp(min=0).to(run.device)]
-    return batch
+    return batch if run.teacher is None else batch | {"teacher": run.teacher[rows]}
 
 
 def has_loss(run, name, rows):
@@ -1406,21 +1412,23 @@ def train_one_epoch(run, epoch):
     """Train for one epoch; returns its mean losses and running metrics (see epoch_summary)."""
     args, accumulate = run.args, run.args.grad_accum_steps
     views = plan_views(run.parts["train"], args, run.seed, epoch)
-    weights, outputs = loss_weights(run, views), []
     steps = list(deal(np.arange(len(views)), args.batch_size))
-    updates = -(-len(steps) // accumulate)
+    weights = {name: staged([weight[dealt] * kept for dealt, kept in steps], run.device)
+               for name, weight in loss_weights(run, views).items()}
+    updates, outputs = -(-len(steps) // accumulate), []
     run.scorer.train()
     run.optimizer.zero_grad(set_to_none=True)
-    stream = zip(steps, run.images.stream([views[dealt] for dealt, _ in steps]))
-    for i, ((dealt, kept), x) in enumerate(progress_bar(stream, f"epoch {epoch}", len(steps))):
+    stream = zip(steps, inputs(run, [views[dealt] for dealt, _ in steps]))
+    for i, ((dealt, kept), (rows, *x)) in enumerate(
+            progress_bar(stream, f"epoch {epoch}", len(steps))):
         seed = ((run.seed * 100_003 + epoch) * 1_000_003 + i) + RANK * 2 ** 40
         torch.manual_seed(seed % 2 ** 63)  # of dropout: a resumed run draws the same
         last = (i + 1) % accumulate == 0 or i + 1 == len(steps)
         run.model.require_backward_grad_sync = last  # of DistributedDataParallel
-        out = forward(run, run.model, views[dealt], x)
-        loss = losses(out, targets_of(run, views[dealt]))
-        total = sum((value * torch.from_numpy(weights[name][dealt] * kept).to(run.device)).sum()
-                    for name, value in loss.items())
+        targets = targets_of(run, rows)
+        out = forward(run, run.model, rows, *x)
+        loss = losses(out, targets)
+        total = sum((value * weights[name][i]).sum() for name, value in loss.items())
         run.scaler.scale(total).backward()
         values = torch.stack([out["q"], out["c"], *loss.values()]).detach()
         outputs.append((dealt[kept > 0], values[:, :int(kept.sum())]))
@@ -1481,12 +1489,12 @@ def evaluate(run, part):
     run.scorer.eval()
     rows, outputs = run.parts[part], []
     shares = list(deal(plan_views(rows), run.args.batch_size))
-    stream = zip(shares, run.images.stream([views for views, _ in shares]))
+    stream = zip(shares, inputs(run, [views for views, _ in shares]))
     # Training steps are compiled; evaluation has shapes of its own, and scores as --predict does.
     with torch.inference_mode(), (torch.compiler.set_stance("force_eager") if run.args.compile
                                   else contextlib.nullcontext()):
         for (views, kept), x in progress_bar(stream, "evaluate", len(shares)):
-            out = forward(run, run.scorer, views, x)
+            out = forward(run, run.scorer, *x)
             values = torch.stack([out[name] for name in PREDICTIONS])
             outputs.append((views.row[kept > 0], values[:, :int(kept.sum())]))
     pred = predictions(outputs).loc[rows]
@@ -1566,7 +1574,8 @@ def set_up(args, table, seed, content=None):
     texts_of = functools.partial(TextInputs, towers["text"], tokenizer, key, args, device)
     teacher = None
     if args.use_explanations:
-        teacher = texts_of("explanations", table.explanations).embed().to(device)
+        teacher = texts_of("explanations", table.explanations).embed()
+        teacher = teacher[table.frame["explanation_id"].clip(lower=0).to_numpy(copy=True)].to(device)
     antonyms = texts_of("antonyms", ["Good photo.", "Bad photo."]).embed()
     images = ImageInputs(scorer, table, key, args, device)
     texts = texts_of("prompts", table.prompts, keep=True)
@@ -1696,9 +1705,16 @@ def deal(things, size):
         yield batch[np.where(share < len(batch), share, 0)], (share < len(batch)).astype(np.float32)
 
 
-def augmented(images, views):
-    """Flip and crop (B, 3, H, W) images as their views say; crops are resized to the whole."""
-    flip = torch.from_numpy(views.flip > 0).to(images.device)
+def staged(arrays, device):
+    """Return numpy arrays as tensors on a device, to which they go in one copy."""
+    return torch.from_numpy(np.concatenate(arrays)).to(device).split([len(a) for a in arrays])
+
+
+def augmented(images, views, flip):
+    """Flip and crop (B, 3, H, W) images as their views say; crops are resized to the whole.
+
+    flip: (B,) bool, that of the views on the device of the images.
+    """
     images = torch.where(flip[:, None, None, None], images.flip(-1), images)
     if (views.box[:, 2:] == 1).all():
         return images
@@ -1909,8 +1925,7 @@ class Rows:
         self.pin = self.behind and args.pin_memory
 
     def read(self, index):
-        """Return the rows at (B,) numpy positions, on the device that they lie on."""
-        index = torch.from_numpy(index).to(self.rows.device)
+        """Return the rows at (B,) positions, on the device that they lie on."""
         if not self.pin:
             return self.rows[index]
         out = torch.empty(len(index), *self.rows.shape[1:], dtype=self.rows.dtype, pin_memory=True)
@@ -1918,6 +1933,7 @@ class Rows:
 
     def stream(self, indices):
         """Yield the rows at each of several positions, on the device that computes."""
+        indices = staged(indices, self.rows.device)
         for rows in ahead(self.read, indices, int(self.behind)):
             yield rows.to(self.device, non_blocking=True)
 
@@ -1971,8 +1987,9 @@ class ImageInputs:
             return
         rows = [views.row for views in batches]
         raw = self.images(rows) if self.pixels is None else self.pixels.stream(rows)
-        for views, images in zip(batches, raw):
-            images = augmented(images.to(self.device, non_blocking=True), views)
+        flips = staged([views.flip > 0 for views in batches], self.device)
+        for views, flip, images in zip(batches, flips, raw):
+            images = augmented(images.to(self.device, non_blocking=True), views, flip)
             yield boundary(self, self.scorer.pixels(images))
 
     def embed(self):
@@ -1991,29 +2008,32 @@ class TextInputs:
         self.tower, self.args, self.device = tower, args, device
         ids = tokenize(tokenizer, texts, what)
         self.ends = tower.ends(ids)
-        self.ids, self.features = ids[:, :int(self.ends.max()) + 1], None
+        self.ids, self.features = ids[:, :int(self.ends.max()) + 1].to(device), None
         self.key = {"identity": key, "ids": hashlib.sha256(ids.numpy()).hexdigest()}
         if keep and tower.frozen is not None:
             array = cached(args, "text", self.key | {"boundary": tower.frozen},
                            batches_of(len(ids), 64), lambda batches: (
-                               boundary(self, self.ids[rows].to(device))
+                               boundary(self, self.ids[rows])
                                for rows in progress_bar(batches, what, len(batches))))
             self.features = None if array is None else Rows(array, device, args)
 
-    def read(self, index):
-        """Return (boundary, ids, inverse) of the unique texts of a batch; index: (B,) numpy."""
-        unique, inverse = np.unique(index, return_inverse=True)
-        ids = self.ids[unique, :int(self.ends[unique].max()) + 1].to(self.device)
-        x = (boundary(self, ids) if self.features is None else
-             self.features.read(unique).to(self.device))
-        if self.tower.trims and x.ndim == 3 and x.shape[1] > 1:  # all tokens, not the pooled one
-            x = x[:, :ids.shape[1]]
-        return x, ids, torch.from_numpy(inverse).to(self.device)
+    def stream(self, indices):
+        """Yield (boundary, ids, inverse) of the unique texts of each batch; indices: (B,) each."""
+        unique, inverse = zip(*(np.unique(index, return_inverse=True) for index in indices))
+        lengths = [int(self.ends[texts].max()) + 1 for texts in unique]
+        read = itertools.repeat(None) if self.features is None else self.features.stream(unique)
+        for texts, inverse, length, x in zip(staged(unique, self.device),
+                                             staged(inverse, self.device), lengths, read):
+            ids = self.ids[texts, :length]
+            x = boundary(self, ids) if x is None else x
+            if self.tower.trims and x.ndim == 3 and x.shape[1] > 1:  # all tokens, not the pooled
+                x = x[:, :length]
+            yield x, ids, inverse
 
     def embed(self):
         """Return (U, D) embeddings of all texts by the CLIP before training."""
         return embeddings(self, "text", len(self.ids), lambda batches: (
-            self.read(rows)[:2] for rows in batches))
+            texts[:2] for texts in self.stream(batches)))
 
 
 @torch.no_grad()
