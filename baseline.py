@@ -2452,34 +2452,28 @@ def load_checkpoint(path):
 def take_over_settings(args, content):
     """Take every flag that the command line does not name from the checkpoint.
 
-    A named flag that contradicts it and would change the result is an error; --clip_model and
-    --pretrained may say where the same weights lie now. With another number of processes the images
-    per update stay: other steps per update if that is enough, else batches.
+    A named flag that would change the result is an error; --clip_model and --pretrained may say
+    where the same weights lie now. The images per update stay with any number of processes, in the
+    largest batches not above the checkpoint's.
     """
     saved, path = content["args"], args.resume_from
     if "optimizer" not in content:
         raise UserError(f"{path} has no optimiser to go on with: give a baseline_last.pt.")
     window = content["processes"] * saved["batch_size"] * saved["grad_accum_steps"]
-    if window % (saved["batch_size"] * WORLD) == 0:
-        saved["grad_accum_steps"] = window // (saved["batch_size"] * WORLD)
-    elif window % (saved["grad_accum_steps"] * WORLD) == 0:
-        saved["batch_size"] = window // (saved["grad_accum_steps"] * WORLD)
-    else:
+    sizes = [size for size in range(1, saved["batch_size"] + 1) if window % (size * WORLD) == 0]
+    if not sizes:
         raise UserError(f"A resumed run must keep the {window} images per update of {path}: use a "
                         f"number of processes that divides them.")
+    saved |= {"batch_size": sizes[-1], "grad_accum_steps": window // (sizes[-1] * WORLD)}
     clash = [f"--{key} {getattr(args, key)} (checkpoint: {saved[key]})"
              for key in sorted(args.explicit - FREE_FLAGS - {"clip_model", "pretrained"})
              if key in saved and getattr(args, key) != saved[key]]
     if clash:
         raise UserError(f"A resumed run must keep the settings of {path}, but the command line "
                         f"has {', '.join(clash)}: drop these flags, or start a new run.")
-    kept = args.explicit | {"resume_from", "cache_dir"}
-    vars(args).update({key: value for key, value in saved.items() if key not in kept})
-    args.repeats = 1  # one run of several goes on by itself
-    if "output_dir" not in args.explicit:
-        args.output_dir = str(Path(path).parent)
-    if "cache_dir" not in args.explicit:
-        args.cache_dir = str(Path(args.output_dir) / "cache")
+    folder = args.output_dir if "output_dir" in args.explicit else str(Path(path).parent)
+    saved |= {"output_dir": folder, "cache_dir": str(Path(folder, "cache")), "repeats": 1}
+    vars(args).update({key: value for key, value in saved.items() if key not in args.explicit})
 
 
 def load_trained_state(scorer, state, path):
