@@ -2478,11 +2478,10 @@ def take_over_settings(args, content):
 
 def load_trained_state(scorer, state, path):
     """Load what was trained into a freshly built scorer; raise UserError where it does not fit."""
-    wanted = scorer.trained_state()
-    wrong = sorted(set(wanted) ^ set(state)) or [
-        name for name in wanted if wanted[name].shape != state[name].shape]
-    if wrong:
-        raise UserError(f"{path} must hold the trained weights of this model, but {wrong[0]} "
+    wanted, given = ({(name, *value.shape) for name, value in tensors.items()}
+                     for tensors in (scorer.trained_state(), state))
+    if wrong := {name for name, *_ in wanted ^ given}:
+        raise UserError(f"{path} must hold the trained weights of this model, but {min(wrong)} "
                         f"(and {len(wrong) - 1} more) differ: it is from another model.")
     scorer.load_state_dict(state, strict=False)
 
