@@ -2334,6 +2334,15 @@ def writing(path):
             half.unlink(missing_ok=True)
 
 
+def description(run):
+    """Return what a run is, which its checkpoints and config.json hold."""
+    args, table = run.args, run.table
+    flags = {name: value for name, value in vars(args).items() if name != "explicit"}
+    return {"seed": run.seed, "args": flags | {"precision": args.asked_precision},
+            "identity": run.identity, "split": split_hash(run), "scales": table.scales,
+            "offsets": table.offsets, "targets": table.targets}
+
+
 def save_checkpoint(run, best):
     """Write baseline_last.pt: what was trained, and all that an exact resume needs.
 
@@ -2342,15 +2351,11 @@ def save_checkpoint(run, best):
     """
     if RANK:
         return
-    content = {"format": FORMAT, "version": FORMAT_VERSION, "seed": run.seed,
-               "args": {k: v for k, v in vars(run.args).items() if k != "explicit"} | {
-                   "precision": run.args.asked_precision},  # another machine may do another best
-               "identity": run.identity, "scales": run.table.scales, "split": split_hash(run),
-               "offsets": run.table.offsets, "targets": run.table.targets,
-               "data": data_hash(run.table),
-               "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
-               "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-               "progress": run.progress, "processes": WORLD}
+    content = description(run) | {
+        "format": FORMAT, "version": FORMAT_VERSION, "data": data_hash(run.table),
+        "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
+        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+        "progress": run.progress, "processes": WORLD}
     last, top = (Path(run.args.output_dir, f"baseline_{name}.pt") for name in ("last", "best"))
     with writing(top if best else last) as half:
         try:
@@ -2363,7 +2368,6 @@ def save_checkpoint(run, best):
             os.fsync(file.fileno())
     if best:
         with writing(last) as half:
-            half.unlink(missing_ok=True)
             try:
                 os.link(top, half)
             except OSError:  # a disk that knows no second names
@@ -2767,21 +2771,18 @@ def append_run(args, row):
 
 
 def write_config(run):
-    """Write config.json: arguments, versions, split, label scales, commit; and skipped.csv."""
-    args, table, folder = run.args, run.table, Path(run.args.output_dir)
-    git = shutil.which("git") and subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    save_text(folder / "config.json", json_text({
-        "arguments": {k: v for k, v in vars(args).items() if k != "explicit"}, "seed": run.seed,
-        "fingerprint": fingerprint(args, table), "identity": run.identity,
-        "label_scales": table.scales, "label_offsets": table.offsets, "targets": table.targets,
-        "split": split_hash(run),
+    """Write config.json: what the run is, versions and commit; and skipped.csv."""
+    args, folder = run.args, Path(run.args.output_dir)
+    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=HERE, capture_output=True,
+                            text=True, check=False).stdout.strip()
+    save_text(folder / "config.json", json_text(description(run) | {
+        "fingerprint": fingerprint(args, run.table), "precision": args.precision,
         "images": {part: len(rows) for part, rows in run.parts.items()},
         "versions": {"python": sys.version.split()[0]} | {
             module.__name__: module.__version__ for module in (torch, open_clip, pd, np, scipy)},
-        "commit": git.stdout.strip() or None if git else None}))
+        "commit": commit or None}))
     if args.skip_bad_images:
-        save_text(folder / "skipped.csv", table.skipped.to_csv(index=False))
+        save_text(folder / "skipped.csv", run.table.skipped.to_csv(index=False))
 
 
 def fingerprint(args, table):
