@@ -2613,18 +2613,11 @@ def floor_metrics(run, part):
                           run.table.targets) for name, of_all in run.floors.items()}
 
 
-def tier(target, srocc, gap):
-    """Return the card's tier of a target from its validation SROCC and Train-Val Gap."""
-    return next((name for name, low, high in TIERS[target] if srocc > low and gap < high),
-                "needs work")
-
-
 def bootstrap(preds, mos, groups, draws=1000):
     """Return a DataFrame (draws, names) of SROCC of several predictions, by bootstrap over prompts.
 
-    Images of one prompt are not independent, so prompts are drawn, not images (cluster bootstrap:
-    Davison and Hinkley, 1997). preds: {name: (n,)}; mos, groups: (n,). A constant draw has none,
-    and a single prompt has no spread: all NaN.
+    Images of one prompt are not independent (cluster bootstrap: Davison and Hinkley, 1997). preds:
+    {name: (n,)}; mos, groups: (n,). A constant draw has none; a single prompt has no spread: NaN.
     """
     rng, sroccs = np.random.default_rng(0), []
     members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
@@ -2641,50 +2634,49 @@ def bootstrap(preds, mos, groups, draws=1000):
 def results(run):
     """Evaluate the best epoch on every part; returns ({part: predictions}, the row of results).
 
-    The row is flat: {"val_srocc_q", ..}; floors, intervals and gains are those of the part that the
-    run is judged on, test where there is one. It is what result.json, runs.csv, the table and the
-    repeats have.
+    The row is flat: {"val_srocc_q", ..}; floors, intervals and gains are of the judged part, test
+    where there is one. It is what result.json, runs.csv, the table and the repeats have.
     """
-    args, best, epoch = run.args, Path(run.args.output_dir, "baseline_best.pt"), None
+    args, frame, best = run.args, run.table.frame, Path(run.args.output_dir, "baseline_best.pt")
     if RANK == 0:
-        content = load_checkpoint(best)
-        epoch = content["progress"]["best_epoch"]
-        load_trained_state(run.scorer, content["state"], best)
+        load_trained_state(run.scorer, load_checkpoint(best)["state"], best)
     for value in run.scorer.trained_state().values() if WORLD > 1 else ():
         dist.broadcast(value.detach(), 0)
-    scored = run.table.frame[list(run.table.targets)].iloc[run.parts["test"]].count()
-    judged, preds = "test" if scored.min() > 1 else "val", {}
+    tested = frame[list(run.table.targets)].iloc[run.parts["test"]].count()
+    judged, preds = "test" if tested.min() > 1 else "val", {}
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": args.command, "seed": run.seed,
-           "split": split_hash(run), "part": judged, "best_epoch": gather(epoch)[0],
-           "epochs_run": run.progress["epoch"],
-           **{f"images_{part}": len(rows) for part, rows in run.parts.items()}}
-    for part in [part for part in ("val", "test", "train") if len(run.parts[part])]:
-        preds[part], measured = evaluate(run, part)
-        row |= {f"{part}_{name}": value for name, value in measured.items() if name != "loss"}
-    for name, measured in floor_metrics(run, judged).items():
-        row |= {f"{name}_{metric}": value for metric, value in measured.items()}
+           "split": split_hash(run), "part": judged, "best_epoch": run.progress["best_epoch"],
+           "epochs_run": run.progress["epoch"], "output_dir": args.output_dir,
+           "checkpoint": str(best)}
+    measured = floor_metrics(run, judged)
+    for part, rows in run.parts.items():
+        row[f"images_{part}"] = len(rows)
+        if len(rows):
+            preds[part], measured[part] = evaluate(run, part)
+    row |= {f"{name}_{metric}": value for name, values in measured.items()
+            for metric, value in values.items() if metric != "loss"}
     for t in run.table.targets:
-        scored = run.table.frame[t].iloc[run.parts[judged]].notna().to_numpy()
-        rows, pred = run.parts[judged][scored], preds[judged][scored]
-        gap = row[f"train_srocc_{t}"] - row[f"val_srocc_{t}"]
-        row |= {f"gap_{t}": gap, f"tier_{t}": tier(t, row[f"val_srocc_{t}"], gap)}
+        pred = preds[judged][frame[t].iloc[run.parts[judged]].notna().to_numpy()]
+        srocc, rows = row[f"val_srocc_{t}"], pred.index.to_numpy()
+        gap = row[f"train_srocc_{t}"] - srocc
+        row |= {f"gap_{t}": gap, f"tier_{t}": next((
+            name for name, low, high in TIERS[t] if srocc > low and gap < high), "needs work")}
         if not args.no_residual_learning:
             size = pred[f"{t}_delta"].abs()
             row |= {f"saturated_{t}": float((size > SATURATED).mean()),
                     f"largest_delta_{t}": float(size.max())}
         drawn = bootstrap({"run": pred[t]} | {name: of[t][rows] for name, of in run.floors.items()},
-                          *run.table.frame[[t, "group_id"]].to_numpy()[rows].T)
-        floors = drawn[[*run.floors]]
+                          *frame[[t, "group_id"]].to_numpy()[rows].T)
+        floors = drawn.drop(columns="run")
         if ((floors.quantile(0.975) < 0) & (floors.std() > 0)).any():  # one group has no interval
             print(f"{TITLES[t]}: the SROCC of a floor is clearly below 0: higher scores must be "
                   f"better; turn DMOS round (its maximum minus each)")
-        drawn = drawn.assign(**{name: drawn["run"] - drawn[name] for name in run.floors})  # gains
-        for name, (low, high) in drawn.quantile([0.025, 0.975]).items():
-            key = f"interval_{t}" if name == "run" else f"gain_{name}_{t}"
-            row |= {f"{key}_low": low, f"{key}_high": high}
+        spans = floors.rsub(drawn["run"], axis=0).add_prefix("gain_").assign(interval=drawn["run"])
+        for name, ends in spans.quantile([0.025, 0.975]).items():
+            row |= dict(zip((f"{name}_{t}_low", f"{name}_{t}_high"), ends))
         for name in run.floors:
             row[f"gain_{name}_{t}"] = row[f"{judged}_srocc_{t}"] - row[f"{name}_srocc_{t}"]
-    return preds, row | {"output_dir": args.output_dir, "checkpoint": str(best)}
+    return preds, row
 
 
 def score_table(rows):
