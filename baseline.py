@@ -2681,38 +2681,34 @@ def results(run):
 
 def score_table(rows):
     """Return the table of floors and runs as a DataFrame of text, mean +- SD of several rows."""
-    frame = pd.DataFrame(rows)
-    part = frame["part"][0]
-    shown = [metric for metric in SHOWN if f"{part}_{metric}" in frame]
-    names = {**{floor: title for floor, title in FLOORS.items() if f"{floor}_{shown[0]}" in frame},
-             part: "this run"}
-    def cell(name):
-        values = pd.to_numeric(frame[name])
-        return f"{values.mean():.4f}" + f" +- {values.std():.4f}" * (len(values) > 1)
-    return pd.DataFrame({metric.upper(): {title: cell(f"{name}_{metric}")
-                                          for name, title in names.items()} for metric in shown})
+    frame, cells = pd.DataFrame(rows), {}
+    names = FLOORS | {frame["part"][0]: "this run"}
+    for metric, (name, title) in itertools.product(SHOWN, names.items()):
+        if (key := f"{name}_{metric}") in frame:
+            values = pd.to_numeric(frame[key])
+            spread = f" +- {values.std():.4f}" * (len(values) > 1)
+            cells.setdefault(metric.upper(), {})[title] = f"{values.mean():.4f}{spread}"
+    return pd.DataFrame(cells)
 
 
 def verdict(row):
     """Return the lines below the table: gains over the floors, and of one run gap and tier."""
-    interval_free = not any(key.endswith("_low") for key in row)
-
     def interval(key, form):
         low, high = row[f"{key}_low"], row[f"{key}_high"]
         return "no interval" if math.isnan(low) else f"{low:{form}}..{high:{form}}"
 
     def gain(key):
-        return f"{row[key]:+.4f} " + (f"+- {row['sd'][key]:.4f}" if interval_free  # over seeds
-                                      else f"({interval(key, '+.4f')})")
-    lines = [f"gain over {title}, paired, {'mean +- SD' if interval_free else '95 %'}: " + (
-        ", ".join(f"{t.upper()} {gain(key)}" for t in TARGETS
-                  if (key := f"gain_{name}_{t}") in row))
-        for name, title in FLOORS.items() if {f"gain_{name}_q", f"gain_{name}_c"} & set(row)]
+        return f"{row[key]:+.4f} " + (f"({interval(key, '+.4f')})" if f"{key}_low" in row
+                                      else f"+- {row['sd'][key]:.4f}")  # over seeds
+
+    how, lines = "95 %" if any(key.endswith("_low") for key in row) else "mean +- SD", []
+    for name, title in FLOORS.items():
+        gains = [f"{t.upper()} {gain(key)}" for t in TARGETS if (key := f"gain_{name}_{t}") in row]
+        lines += [f"gain over {title}, paired, {how}: {', '.join(gains)}"] if gains else []
     return lines + [
         f"{TITLES[t]}: 95 % interval of SROCC {interval(f'interval_{t}', '.3f')}, validation SROCC "
-        f"{row[f'val_srocc_{t}']:.4f}, Train-Val Gap {row[f'gap_{t}']:+.4f}, tier "
-        f"{row[f'tier_{t}']}"
-        for t in TARGETS if f"tier_{t}" in row]
+        f"{row[f'val_srocc_{t}']:.4f}, Train-Val Gap {row[f'gap_{t}']:+.4f}, tier {row[key]}"
+        for t in TARGETS if (key := f"tier_{t}") in row]
 
 
 def keep_records(run, preds, row):
