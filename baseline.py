@@ -2561,31 +2561,29 @@ def split_name(args):
 
 def print_setup(args, table, parts, scorer, device):
     """Print what the run is about to do."""
+    by, groups, prompts = split_name(args), table.frame["group_id"], sum(map(bool, table.prompts))
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items() if len(rows))
-    groups, prompts = table.frame["group_id"].to_numpy(), sum(map(bool, table.prompts))
-    print(f"data: {len(groups)} images, {prompts} prompts, split by {split_name(args)}: {counts}; "
-          f"label scales " + ", ".join(f"{t.upper()} {table.scales[t] + table.offsets[t]:g}"
-                                       for t in table.targets))
-    if split_name(args) == "prompt" and groups.max() >= 0.9 * len(groups):
+    print(f"data: {len(groups)} images, {prompts} prompts, split by {by}: {counts}; label scales "
+          + ", ".join(f"{t.upper()} {table.scales[t] + table.offsets[t]:g}" for t in table.targets))
+    if by == "prompt" and groups.max() >= 0.9 * len(groups):
         print(f"nearly every prompt is unique ({prompts} prompts, {len(groups)} images), so this "
               f"is nearly a split by image: --group_column names what else must stay together")
-    for part in ("val", "test"):
-        leaks = np.isin(groups[parts[part]], groups[parts["train"]]).sum()
-        if leaks:
-            print(f"WARNING: the split by {split_name(args)} leaks: {leaks} of {len(parts[part])} "
-                  f"{part} images have a {args.group_column or 'prompt'} that training images have")
+    train, *others = (groups.iloc[parts[part]] for part in ("train", "val", "test"))
+    for part, own in zip(("val", "test"), others):
+        if leaks := own.isin(train).sum():
+            print(f"WARNING: the split by {by} leaks: {leaks} of {len(own)} {part} images have a "
+                  f"{args.group_column or 'prompt'} that training images have")
     for name, tower in scorer.towers.items():
-        sizes = [(p.numel(), p.requires_grad) for p in tower.encoder.parameters()]
-        trained, total = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+        sizes, trains = np.array([(p.numel(), p.requires_grad)
+                                  for p in tower.encoder.parameters()]).T
         depth = len(tower.blocks) or "all as one"
         frozen = {None: 0, "all": depth}.get(tower.frozen, tower.frozen)
-        print(f"{name} tower: {frozen} of {depth} blocks frozen, {trained / 1e6:.2f} M of "
-              f"{total / 1e6:.2f} M parameters train")
+        print(f"{name} tower: {frozen} of {depth} blocks frozen, {sizes @ trains / 1e6:.2f} M of "
+              f"{sizes.sum() / 1e6:.2f} M parameters train")
     heads = sum(p.numel() for n, p in scorer.named_parameters() if not n.startswith("clip."))
+    several = f"; {WORLD} processes, {WORLD * args.batch_size} images per step" * (WORLD > 1)
     print(f"heads: {heads / 1e6:.2f} M parameters; device {device}, {args.precision}, lr "
-          f"{args.lr:g} (heads {head_lr(args):g})")
-    if WORLD > 1:
-        print(f"{WORLD} processes, {WORLD * args.batch_size} images per step")
+          f"{args.lr:g} (heads {head_lr(args):g}){several}")
     depth = len(scorer.towers["image"].blocks)
     print_advice(args, settings_advice(args, len(parts["train"]), depth, table.targets))
     if (args.use_two_branch or args.use_refinement) and not args.no_residual_learning:
@@ -2609,8 +2607,8 @@ def print_epoch(row, rate, better):
 def floor_metrics(run, part):
     """Return {floor: metrics} on one part of the split."""
     rows = run.parts[part]
-    return {name: metrics({t: of_all[t][rows] for t in of_all}, run.table.frame.iloc[rows],
-                          run.table.targets) for name, of_all in run.floors.items()}
+    return {name: metrics(pd.DataFrame(floor).iloc[rows], run.table.frame.iloc[rows],
+                          run.table.targets) for name, floor in run.floors.items()}
 
 
 def bootstrap(preds, mos, groups, draws=1000):
