@@ -2711,22 +2711,21 @@ def verdict(row):
 
 def keep_records(run, preds, row):
     """Print and write what a finished run leaves; row["advice"] gets the names of what fired."""
-    args, folder, frame = run.args, Path(run.args.output_dir), run.table.frame
+    args, folder, table = run.args, Path(run.args.output_dir), run.table
     depth = len(run.scorer.towers["image"].blocks)
-    before = settings_advice(args, len(run.parts["train"]), depth, run.table.targets)
+    before = settings_advice(args, len(run.parts["train"]), depth, table.targets)
     findings = training_advice(args, run.progress["log"], row, depth)
     row["advice"] = [what for what, *_ in before + findings]
-    print(f"\n{row['part']}, best epoch {row['best_epoch']}\n{score_table([row]).to_string()}")
-    print("\n".join(verdict(row)))
+    print(f"\n{row['part']}, best epoch {row['best_epoch']}")
+    print(score_table([row]).to_string(), *verdict(row), sep="\n")
     print_advice(args, findings)
     if RANK:
         return
-    for part in [part for part in ("val", "test") if part in preds]:
-        table = frame.reindex(columns=["name", "prompt", "mos_quality", "mos_align"])
-        table = table.iloc[run.parts[part]].dropna(axis="columns")
-        table = add_scores(table, preds[part], run.table.scales, run.table.offsets,
-                           run.table.targets)
-        save_text(folder / f"{part}_predictions.csv", table.to_csv(index=False))
+    for part in preds.keys() - {"train"}:
+        given = table.frame.filter(["name", "prompt", "mos_quality", "mos_align"])
+        scores = add_scores(given.iloc[run.parts[part]], preds[part], table.scales, table.offsets,
+                            table.targets)
+        save_text(folder / f"{part}_predictions.csv", scores.to_csv(index=False))
     if not args.no_plots:
         write_report(run, preds[row["part"]], row, before + findings)
     if args.tensorboard:
