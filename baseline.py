@@ -2783,8 +2783,7 @@ def archive_old_run(args):
     names = ["baseline_best.pt", "baseline_last.pt", "config.json", "result.json", "curves.png",
              "scatter.png", "worst.png", "report.html", "tensorboard", "skipped.csv",
              "val_predictions.csv", "test_predictions.csv", args.log_csv]
-    old = [path for path in map(folder.joinpath, names) if path.exists()]
-    old += sorted(folder.glob("repeat_*"))
+    old = [*filter(Path.exists, map(folder.joinpath, names)), *folder.glob("repeat_*")]
     if RANK == 0 and old:
         target = folder / "archive" / time.strftime("%Y%m%d-%H%M%S")
         while target.exists():
@@ -2809,44 +2808,39 @@ def split_margin(sd, splits, ratio):
 def train_repeats(args, table):
     """Train on several splits; a repeat that was finished before is kept, one that began goes on.
 
-    With a split column the seeds alone differ: then there is no interval over splits.
-
     Returns {"repeats": rows, "mean", "sd": by the rows' keys, "gain_<floor>_<target>": mean of the
-    paired differences over splits, .._low, .._high: its 95 % interval, see split_margin}.
+    paired differences over splits, .._low, .._high: its 95 % interval, see split_margin}. With a
+    split column the seeds alone differ: then there is no interval.
     """
-    folders = {seed: Path(args.output_dir, f"repeat_{seed}")
-               for seed in range(args.seed, args.seed + args.repeats)}
-    known = [json.loads(path.read_text())["fingerprint"] for folder in folders.values()
-             if (path := folder / "config.json").exists()]
-    if {*gather(known)[0]} != {fingerprint(args, table)}:
+    rows, seeds = [], range(args.seed, args.seed + args.repeats)
+    folders = [Path(args.output_dir, f"repeat_{seed}") for seed in seeds]
+    known = {json.loads(path.read_text())["fingerprint"] for folder in folders
+             if (path := folder / "config.json").exists()}
+    if gather(known)[0] != {fingerprint(args, table)}:
         archive_old_run(args)
-    rows = []
-    for seed, folder in folders.items():
+    for seed, folder in zip(seeds, folders):
         done, last = folder / "result.json", folder / "baseline_last.pt"
         print(f"\nrepeat with seed {seed}{': finished before, kept' * done.exists()}")
         finished, begun = gather((done.exists(), last.exists()))[0]
         if not finished:
-            content = load_checkpoint(last) if begun else None
             options = argparse.Namespace(**vars(args) | {
-                "output_dir": str(folder), "resume_from": str(last) if content else None})
-            train_one_run(options, table, seed, content)
-            gather(None)
+                "output_dir": str(folder), "resume_from": str(last) if begun else None})
+            train_one_run(options, table, seed, load_checkpoint(last) if begun else None)
         rows += gather(json.loads(done.read_text()) if RANK == 0 else None)[:1]
         append_run(args, rows[-1])  # where a kill came before it
-    frame = pd.DataFrame(rows)
-    numbers = frame[[name for name in frame if name[-2:] in ("_q", "_c")
-                     and not name.startswith("tier")]].astype(float)
-    mean, sd = numbers.mean(), numbers.std()
-    judged, trained = frame[f"images_{rows[0]['part']}"].mean(), frame["images_train"].mean()
-    margin = split_margin(sd, len(rows), judged / trained)
-    result = {"repeats": rows, "part": rows[0]["part"], "mean": mean.to_dict(), "sd": sd.to_dict(),
-              "output_dir": args.output_dir, "command": args.command}
-    for name in [name for name in numbers if name.startswith("gain_")]:
-        result |= {name: mean[name]} | ({} if args.split_column else {
-            f"{name}_low": mean[name] - margin[name], f"{name}_high": mean[name] + margin[name]})
+    frame, part = pd.DataFrame(rows), rows[0]["part"]
+    numbers = frame.filter(regex="^(?!tier).*_[qc]$").astype(float)
+    mean, sd, gains = numbers.mean(), numbers.std(), numbers.filter(regex="^gain_").columns
+    result = {"repeats": rows, "part": part, "mean": mean.to_dict(), "sd": sd.to_dict(),
+              "output_dir": args.output_dir, "command": args.command} | mean[gains].to_dict()
+    if not args.split_column:
+        ratio = frame[f"images_{part}"].mean() / frame["images_train"].mean()
+        margin = split_margin(sd, len(rows), ratio)[gains]
+        result |= (mean[gains] - margin).add_suffix("_low").to_dict()
+        result |= (mean[gains] + margin).add_suffix("_high").to_dict()
     what = "seeds" if args.split_column else "splits"
-    print(f"\n{result['part']} of {len(rows)} {what}, mean +- SD\n{score_table(rows).to_string()}")
-    print("\n".join(verdict(result)))
+    print(f"\n{part} of {len(rows)} {what}, mean +- SD")
+    print(score_table(rows).to_string(), *verdict(result), sep="\n")
     save_text(Path(args.output_dir, "result.json"), json_text(result))
     return result
 
