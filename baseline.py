@@ -2275,11 +2275,10 @@ LOG_COLUMNS = ["epoch", "train_loss", "train_loss_q", "train_loss_c", "train_los
                  for target in TARGETS), "best", "lr", "seconds"]
 
 # Flags that may differ from a checkpoint's when a run is resumed: they do not change the result.
-FREE_FLAGS = {"output_dir", "log_csv", "resume_from", "num_workers", "pin_memory", "cache",
-              "cache_dir", "cache_max_gb", "preset", "demo", "data_csv_path", "image_base_dir",
-              "no_amp", "repeats", "compile", "no_plots", "tensorboard", "predict", "checkpoint",
-              "prompt", "predictions_csv", "overwrite", "excel", "min_quality", "min_consistency",
-              "keep_top", "export", "command", "explicit", "asked_precision"}
+FREE_FLAGS = {*DEPENDENT_FLAGS["predict",], "predict", "export", "checkpoint", "output_dir",
+              "log_csv", "no_plots", "tensorboard", "resume_from", "repeats", "preset", "demo",
+              "data_csv_path", "image_base_dir", "num_workers", "pin_memory", "compile", "no_amp",
+              "cache", "cache_dir", "cache_max_gb", "command", "explicit", "asked_precision"}
 
 
 @contextlib.contextmanager
@@ -2295,22 +2294,21 @@ def must_write(path, remedy="another folder"):
 @contextlib.contextmanager
 def locked(folder):
     """Keep other runs out of a folder; the operating system ends the lock with its process."""
-    lock = filelock.FileLock(Path(folder, ".lock"))
+    folder, lock = Path(folder), filelock.FileLock(Path(folder, ".lock"))
     try:
         if RANK == 0:
             with must_write(folder):
-                Path(folder).mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 Path(lock.lock_file).touch()
             lock.acquire(timeout=0)
+            for half in (*folder.glob(".*.half"), *folder.glob("repeat_*/.*.half")):
+                half.unlink()  # of killed runs
     except filelock.Timeout as error:
         raise UserError(f"Another run is writing to {folder}: wait for its end, or give another "
                         f"--output_dir.") from error
     except (OSError, NotImplementedError) as error:  # of a disk in the network, mostly
         print(f"WARNING: no lock keeps a second run out of {folder}: {error}")
     try:
-        for place in (folder, *Path(folder).glob("repeat_*")) if lock.is_locked else ():
-            for half in Path(place).glob(".*.half"):  # of killed runs
-                half.unlink()
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows deletes it by itself
