@@ -2203,14 +2203,12 @@ def processes():
             print(f"WARNING: going on alone: WORLD_SIZE counts beside {', '.join(TORCHRUN)} only")
         yield
         return
-    cuda = torch.cuda.is_available()
-    if cuda and LOCAL_RANK >= torch.cuda.device_count():
-        raise UserError(f"Each process needs a GPU of its own, but this machine has "
-                        f"{torch.cuda.device_count()} for {LOCAL_WORLD} processes: lower "
-                        f"--nproc_per_node.")
-    if cuda:
+    if gpus := torch.cuda.device_count():
+        if LOCAL_RANK >= gpus:
+            raise UserError(f"Each process needs a GPU of its own, but there are {gpus} for "
+                            f"{LOCAL_WORLD} processes: lower --nproc_per_node.")
         torch.cuda.set_device(LOCAL_RANK)
-    nccl = cuda and dist.is_nccl_available()  # not on Windows
+    nccl = gpus and dist.is_nccl_available()  # not on Windows
     torch._dynamo.config.optimize_ddp = False  # it cannot split recomputed blocks
     with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
         try:
@@ -2255,11 +2253,10 @@ def pick_device(args):
     if other := torch.accelerator.current_accelerator(check_available=True):
         print(f"running on the CPU: on a GPU of type {other.type} the scores were never checked")
     # Backward, torch's fused kernel is up to four times slower in half precision than matrix
-    # products that stay in it, which keep (B, heads, T, T) weights of every block that trains.
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # these are the CPU's as well
+    # products that stay in it. These two are the CPU's as well.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     torch.backends.cuda.enable_flash_sdp(args.precision == "fp32")
-    # glibc keeps freed memory: faulting the pages of large activations in again can take as long
-    # as the arithmetic. Another C library has no mallopt.
+    # Freed memory is kept, where the C library is glibc: new pages can take as long as arithmetic.
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
@@ -2513,10 +2510,7 @@ def resume(run, content):
 
 
 def skip_unreachable_hub():
-    """Let the hub's library use its local cache at once where its host (HF_ENDPOINT) is not there.
-
-    Without this it retries for most of a minute before it says that there is no network.
-    """
+    """Let the hub's library use its cache at once where HF_ENDPOINT is not there, no minute later."""
     hub = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
     if not urllib.request.getproxies():
         try:
