@@ -2888,12 +2888,12 @@ def training_advice(args, log, row, depth):
     log: rows of the epochs; row: of results; depth: of the image tower, 0 if unknown.
     """
     last, best, targets = log[-1], row["best_epoch"], [t for t in TARGETS if f"gap_{t}" in row]
-    gaps, weak = ([row[f"gap_{t}"] for t in targets],
-                  [row[f"tier_{t}"] == "needs work" for t in targets])
+    widest = max(row[f"gap_{t}"] for t in targets)
+    weak = all(row[f"tier_{t}"] == "needs work" for t in targets)
     fitted = max(last[f"train_srocc_{t}"] - last[f"val_srocc_{t}"] for t in targets)
     rise, epoch = max(((b["train_loss"] / a["train_loss"], b["epoch"])
                        for a, b in zip(log, log[1:])), default=(0, 0))
-    over = max(gaps) > 0.05 or (fitted > 0.1 and best < last["epoch"] / 2)
+    over = widest > 0.05 or (fitted > 0.1 and best < last["epoch"] / 2)
     gap = "Train-Val Gap " + ", ".join(f"{t.upper()} {row[f'gap_{t}']:+.3f}" for t in targets)
     scores = ", ".join(f"{t.upper()} {row[f'val_srocc_{t}']:.3f} ({row[f'tier_{t}']})"
                        for t in targets)
@@ -2901,20 +2901,20 @@ def training_advice(args, log, row, depth):
     third, frozen, partial = float(f"{args.lr / 3:.2g}"), args.freeze_clip, args.partial_freeze
     less = {"epochs": max(1, args.epochs // 2)} if frozen else {"lr": third if args.demo else 1e-5}
     blocks = {"freeze_layers": max(1, round(depth * 20 / 24))} if depth and not frozen else {}
-    fewer = {"freeze_layers": max(1, round(depth * 16 / 24))} if partial else {}
     rows = [
         ("overfitting", over, f"{gap} (above 0.05 needs work); best epoch {best} of "
          f"{last['epoch']}, in the last one training SROCC is {fitted:+.3f} from validation",
          remedy(args, {"dropout": 0.2, "weight_decay": 5e-4} | blocks, small | less)
          + " --partial_freeze" * bool(blocks and not partial)),
-        ("underfitting", not over and all(weak) and max(gaps) < 0.02 and best == last["epoch"],
+        ("underfitting", not over and weak and widest < 0.02 and best == last["epoch"],
          f"validation SROCC {scores} still rise in the last epoch, {gap}",
          remedy(args, large | {"lr": min(5e-3, args.lr * 2) if frozen else 5e-5},
-                {"dropout": 0.05, "weight_decay": 1e-5} | fewer)),
+                {"dropout": 0.05, "weight_decay": 1e-5,  # of a partly frozen tower fewer blocks
+                 "freeze_layers": max(1, round(depth * 16 / 24))})),
         ("unstable loss", rise > 1.2, f"training loss rose {rise:.1f}-fold in epoch {epoch}",
          remedy(args, {"warmup_ratio": 0.1},
                 {"max_grad_norm": 0.5, "lr": third, "batch_size": 16}))]
-    for t, other in (("c", "q"), ("q", "c")) if len(targets) > 1 else ():
+    for t, other in zip(targets, targets[::-1]):  # of one target that is low its own tier is too
         low = row[f"val_srocc_{t}"] <= TIERS[t][-1][1]  # the gap alone is no low score
         rows += [(f"low SROCC_{t.upper()} only", low and row[f"tier_{other}"] != "needs work",
                   f"validation SROCC {scores}", remedy(
