@@ -2510,7 +2510,7 @@ def resume(run, content):
 
 
 def skip_unreachable_hub():
-    """Let the hub's library use its cache at once where HF_ENDPOINT is not there, no minute later."""
+    """Let the hub's library use its cache at once where HF_ENDPOINT cannot be reached."""
     hub = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
     if not urllib.request.getproxies():
         try:
