@@ -2560,11 +2560,10 @@ def print_setup(args, table, parts, scorer, device):
     if by == "prompt" and groups.max() >= 0.9 * len(groups):
         print(f"nearly every prompt is unique ({prompts} prompts, {len(groups)} images), so this "
               f"is nearly a split by image: --group_column names what else must stay together")
-    train, *others = (groups.iloc[parts[part]] for part in ("train", "val", "test"))
-    for part, own in zip(("val", "test"), others):
-        if leaks := own.isin(train).sum():
-            print(f"WARNING: the split by {by} leaks: {leaks} of {len(own)} {part} images have a "
-                  f"{args.group_column or 'prompt'} that training images have")
+    for part in ("val", "test"):
+        if leaks := groups.iloc[parts[part]].isin(groups.iloc[parts["train"]]).sum():
+            print(f"WARNING: the split by {by} leaks: {leaks} of {len(parts[part])} {part} images "
+                  f"have a {args.group_column or 'prompt'} that training images have")
     for name, tower in scorer.towers.items():
         sizes, trains = np.array([(p.numel(), p.requires_grad)
                                   for p in tower.encoder.parameters()]).T
@@ -2804,13 +2803,12 @@ def train_repeats(args, table):
     paired differences over splits, .._low, .._high: its 95 % interval, see split_margin}. With a
     split column the seeds alone differ: then there is no interval.
     """
-    rows, seeds = [], range(args.seed, args.seed + args.repeats)
-    folders = [Path(args.output_dir, f"repeat_{seed}") for seed in seeds]
-    known = {json.loads(path.read_text())["fingerprint"] for folder in folders
-             if (path := folder / "config.json").exists()}
+    rows, known = [], {json.loads(path.read_text())["fingerprint"]
+                       for path in Path(args.output_dir).glob("repeat_*/config.json")}
     if gather(known)[0] != {fingerprint(args, table)}:
         archive_old_run(args)
-    for seed, folder in zip(seeds, folders):
+    for seed in range(args.seed, args.seed + args.repeats):
+        folder = Path(args.output_dir, f"repeat_{seed}")
         done, last = folder / "result.json", folder / "baseline_last.pt"
         print(f"\nrepeat with seed {seed}{': finished before, kept' * done.exists()}")
         finished, begun = gather((done.exists(), last.exists()))[0]
@@ -2830,8 +2828,7 @@ def train_repeats(args, table):
         margin = split_margin(sd, len(rows), ratio)[gains]
         result |= (mean[gains] - margin).add_suffix("_low").to_dict()
         result |= (mean[gains] + margin).add_suffix("_high").to_dict()
-    what = "seeds" if args.split_column else "splits"
-    print(f"\n{part} of {len(rows)} {what}, mean +- SD")
+    print(f"\n{part} of {len(rows)} {'seeds' if args.split_column else 'splits'}, mean +- SD")
     print(score_table(rows).to_string(), *verdict(result), sep="\n")
     save_text(Path(args.output_dir, "result.json"), json_text(result))
     return result
