@@ -2245,14 +2245,12 @@ def processes():
             print(f"WARNING: going on alone: WORLD_SIZE counts beside {', '.join(TORCHRUN)} only")
         yield
         return
-    cuda = torch.cuda.is_available()
-    if cuda and LOCAL_RANK >= torch.cuda.device_count():
-        raise UserError(f"Each process needs a GPU of its own, but this machine has "
-                        f"{torch.cuda.device_count()} for {LOCAL_WORLD} processes: lower "
-                        f"--nproc_per_node.")
-    if cuda:
+    if gpus := torch.cuda.device_count():
+        if LOCAL_RANK >= gpus:
+            raise UserError(f"Each process needs a GPU of its own, but there are {gpus} for "
+                            f"{LOCAL_WORLD} processes: lower --nproc_per_node.")
         torch.cuda.set_device(LOCAL_RANK)
-    nccl = cuda and dist.is_nccl_available()  # not on Windows
+    nccl = gpus and dist.is_nccl_available()  # not on Windows
     torch._dynamo.config.optimize_ddp = False  # it cannot split recomputed blocks
     with contextlib.redirect_stdout(open(os.devnull, "w") if RANK else sys.stdout):
         try:
@@ -2297,11 +2295,10 @@ def pick_device(args):
     if other := torch.accelerator.current_accelerator(check_available=True):
         print(f"running on the CPU: on a GPU of type {other.type} the scores were never checked")
     # Backward, torch's fused kernel is up to four times slower in half precision than matrix
-    # products that stay in it, which keep (B, heads, T, T) weights of every block that trains.
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # these are the CPU's as well
+    # products that stay in it. These two are the CPU's as well.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     torch.backends.cuda.enable_flash_sdp(args.precision == "fp32")
-    # glibc keeps freed memory: faulting the pages of large activations in again can take as long
-    # as the arithmetic. Another C library has no mallopt.
+    # Freed memory is kept, where the C library is glibc: new pages can take as long as arithmetic.
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
@@ -2317,11 +2314,10 @@ LOG_COLUMNS = ["epoch", "train_loss", "train_loss_q", "train_loss_c", "train_los
                  for target in TARGETS), "best", "lr", "seconds"]
 
 # Flags that may differ from a checkpoint's when a run is resumed: they do not change the result.
-FREE_FLAGS = {"output_dir", "log_csv", "resume_from", "num_workers", "pin_memory", "cache",
-              "cache_dir", "cache_max_gb", "preset", "demo", "data_csv_path", "image_base_dir",
-              "no_amp", "repeats", "compile", "no_plots", "tensorboard", "predict", "checkpoint",
-              "prompt", "predictions_csv", "overwrite", "excel", "min_quality", "min_consistency",
-              "keep_top", "export", "command", "explicit", "asked_precision"}
+FREE_FLAGS = {*DEPENDENT_FLAGS["predict",], "predict", "export", "checkpoint", "output_dir",
+              "log_csv", "no_plots", "tensorboard", "resume_from", "repeats", "preset", "demo",
+              "data_csv_path", "image_base_dir", "num_workers", "pin_memory", "compile", "no_amp",
+              "cache", "cache_dir", "cache_max_gb", "command", "explicit", "asked_precision"}
 
 
 @contextlib.contextmanager
@@ -2337,22 +2333,21 @@ def must_write(path, remedy="another folder"):
 @contextlib.contextmanager
 def locked(folder):
     """Keep other runs out of a folder; the operating system ends the lock with its process."""
-    lock = filelock.FileLock(Path(folder, ".lock"))
+    folder, lock = Path(folder), filelock.FileLock(Path(folder, ".lock"))
     try:
         if RANK == 0:
             with must_write(folder):
-                Path(folder).mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 Path(lock.lock_file).touch()
             lock.acquire(timeout=0)
+            for half in (*folder.glob(".*.half"), *folder.glob("repeat_*/.*.half")):
+                half.unlink()  # of killed runs
     except filelock.Timeout as error:
         raise UserError(f"Another run is writing to {folder}: wait for its end, or give another "
                         f"--output_dir.") from error
     except (OSError, NotImplementedError) as error:  # of a disk in the network, mostly
         print(f"WARNING: no lock keeps a second run out of {folder}: {error}")
     try:
-        for place in (folder, *Path(folder).glob("repeat_*")) if lock.is_locked else ():
-            for half in Path(place).glob(".*.half"):  # of killed runs
-                half.unlink()
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows deletes it by itself
@@ -2376,6 +2371,14 @@ def writing(path):
             half.unlink(missing_ok=True)
 
 
+def description(run):
+    """Return what a run is, which its checkpoints and config.json hold."""
+    args, table = run.args, run.table
+    flags = {name: value for name, value in vars(args).items() if name != "explicit"}
+    return {"seed": run.seed, "args": flags | {"precision": args.asked_precision},
+            "identity": run.identity, "split": split_hash(run), "targets": table.targets}
+
+
 def save_checkpoint(run, best):
     """Write baseline_last.pt: what was trained, and all that an exact resume needs.
 
@@ -2384,15 +2387,12 @@ def save_checkpoint(run, best):
     """
     if RANK:
         return
-    content = {"format": FORMAT, "version": FORMAT_VERSION, "seed": run.seed,
-               "args": {k: v for k, v in vars(run.args).items() if k != "explicit"} | {
-                   "precision": run.args.asked_precision},  # another machine may do another best
-               "identity": run.identity, "targets": run.table.targets,
-               "split": split_hash(run), "data": data_hash(run.table),
-               "prompts": prompt_hashes(run.table, run.parts["train"]),
-               "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
-               "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-               "progress": run.progress, "processes": WORLD}
+    content = description(run) | {
+        "format": FORMAT, "version": FORMAT_VERSION, "data": data_hash(run.table),
+        "prompts": prompt_hashes(run.table, run.parts["train"]),
+        "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
+        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+        "progress": run.progress, "processes": WORLD}
     last, top = (Path(run.args.output_dir, f"baseline_{name}.pt") for name in ("last", "best"))
     with writing(top if best else last) as half:
         try:
@@ -2405,7 +2405,6 @@ def save_checkpoint(run, best):
             os.fsync(file.fileno())
     if best:
         with writing(last) as half:
-            half.unlink(missing_ok=True)
             try:
                 os.link(top, half)
             except OSError:  # a disk that knows no second names
@@ -2503,43 +2502,36 @@ def load_checkpoint(path):
 def take_over_settings(args, content):
     """Take every flag that the command line does not name from the checkpoint.
 
-    A named flag that contradicts it and would change the result is an error; --clip_model and
-    --pretrained may say where the same weights lie now. With another number of processes the images
-    per update stay: other steps per update if that is enough, else batches.
+    A named flag that would change the result is an error; --clip_model and --pretrained may say
+    where the same weights lie now. The images per update stay with any number of processes, in the
+    largest batches not above the checkpoint's.
     """
     saved, path = content["args"], args.resume_from
     if "optimizer" not in content:
         raise UserError(f"{path} has no optimiser to go on with: give a baseline_last.pt.")
     window = content["processes"] * saved["batch_size"] * saved["grad_accum_steps"]
-    if window % (saved["batch_size"] * WORLD) == 0:
-        saved["grad_accum_steps"] = window // (saved["batch_size"] * WORLD)
-    elif window % (saved["grad_accum_steps"] * WORLD) == 0:
-        saved["batch_size"] = window // (saved["grad_accum_steps"] * WORLD)
-    else:
+    sizes = [size for size in range(1, saved["batch_size"] + 1) if window % (size * WORLD) == 0]
+    if not sizes:
         raise UserError(f"A resumed run must keep the {window} images per update of {path}: use a "
                         f"number of processes that divides them.")
+    saved |= {"batch_size": sizes[-1], "grad_accum_steps": window // (sizes[-1] * WORLD)}
     clash = [f"--{key} {getattr(args, key)} (checkpoint: {saved[key]})"
              for key in sorted(args.explicit - FREE_FLAGS - {"clip_model", "pretrained"})
              if key in saved and getattr(args, key) != saved[key]]
     if clash:
         raise UserError(f"A resumed run must keep the settings of {path}, but the command line "
                         f"has {', '.join(clash)}: drop these flags, or start a new run.")
-    kept = args.explicit | {"resume_from", "cache_dir"}
-    vars(args).update({key: value for key, value in saved.items() if key not in kept})
-    args.repeats = 1  # one run of several goes on by itself
-    if "output_dir" not in args.explicit:
-        args.output_dir = str(Path(path).parent)
-    if "cache_dir" not in args.explicit:
-        args.cache_dir = str(Path(args.output_dir) / "cache")
+    folder = args.output_dir if "output_dir" in args.explicit else str(Path(path).parent)
+    saved |= {"output_dir": folder, "cache_dir": str(Path(folder, "cache")), "repeats": 1}
+    vars(args).update({key: value for key, value in saved.items() if key not in args.explicit})
 
 
 def load_trained_state(scorer, state, path):
     """Load what was trained into a freshly built scorer; raise UserError where it does not fit."""
-    wanted = scorer.trained_state()
-    wrong = sorted(set(wanted) ^ set(state)) or [
-        name for name in wanted if wanted[name].shape != state[name].shape]
-    if wrong:
-        raise UserError(f"{path} must hold the trained weights of this model, but {wrong[0]} "
+    wanted, given = ({(name, *value.shape) for name, value in tensors.items()}
+                     for tensors in (scorer.trained_state(), state))
+    if wrong := {name for name, *_ in wanted ^ given}:
+        raise UserError(f"{path} must hold the trained weights of this model, but {min(wrong)} "
                         f"(and {len(wrong) - 1} more) differ: it is from another model.")
     scorer.load_state_dict(state, strict=False)
 
@@ -2569,10 +2561,7 @@ def resume(run, content):
 
 
 def skip_unreachable_hub():
-    """Let the hub's library use its local cache at once where its host (HF_ENDPOINT) is not there.
-
-    Without this it retries for most of a minute before it says that there is no network.
-    """
+    """Let the hub's library use its cache at once where HF_ENDPOINT cannot be reached."""
     hub = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
     if not urllib.request.getproxies():
         try:
@@ -2615,31 +2604,28 @@ def split_name(args):
 
 def print_setup(args, table, parts, scorer, device):
     """Print what the run is about to do."""
+    by, groups, prompts = split_name(args), table.frame["group_id"], sum(map(bool, table.prompts))
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items() if len(rows))
-    groups, prompts = table.frame["group_id"].to_numpy(), sum(map(bool, table.prompts))
-    print(f"data: {len(groups)} images, {prompts} prompts, split by {split_name(args)}: {counts}; "
-          f"label scales " + ", ".join(f"{t.upper()} {high:g}"
-                                       for t, (_, high) in table.targets.items()))
-    if split_name(args) == "prompt" and groups.max() >= 0.9 * len(groups):
+    print(f"data: {len(groups)} images, {prompts} prompts, split by {by}: {counts}; label scales "
+          + ", ".join(f"{t.upper()} {high:g}" for t, (_, high) in table.targets.items()))
+    if by == "prompt" and groups.max() >= 0.9 * len(groups):
         print(f"nearly every prompt is unique ({prompts} prompts, {len(groups)} images), so this "
               f"is nearly a split by image: --group_column names what else must stay together")
     for part in ("val", "test"):
-        leaks = np.isin(groups[parts[part]], groups[parts["train"]]).sum()
-        if leaks:
-            print(f"WARNING: the split by {split_name(args)} leaks: {leaks} of {len(parts[part])} "
-                  f"{part} images have a {args.group_column or 'prompt'} that training images have")
+        if leaks := groups.iloc[parts[part]].isin(groups.iloc[parts["train"]]).sum():
+            print(f"WARNING: the split by {by} leaks: {leaks} of {len(parts[part])} {part} images "
+                  f"have a {args.group_column or 'prompt'} that training images have")
     for name, tower in scorer.towers.items():
-        sizes = [(p.numel(), p.requires_grad) for p in tower.encoder.parameters()]
-        trained, total = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+        sizes, trains = np.array([(p.numel(), p.requires_grad)
+                                  for p in tower.encoder.parameters()]).T
         depth = len(tower.blocks) or "all as one"
         frozen = {None: 0, "all": depth}.get(tower.frozen, tower.frozen)
-        print(f"{name} tower: {frozen} of {depth} blocks frozen, {trained / 1e6:.2f} M of "
-              f"{total / 1e6:.2f} M parameters train")
+        print(f"{name} tower: {frozen} of {depth} blocks frozen, {sizes @ trains / 1e6:.2f} M of "
+              f"{sizes.sum() / 1e6:.2f} M parameters train")
     heads = sum(p.numel() for n, p in scorer.named_parameters() if not n.startswith("clip."))
+    several = f"; {WORLD} processes, {WORLD * args.batch_size} images per step" * (WORLD > 1)
     print(f"heads: {heads / 1e6:.2f} M parameters; device {device}, {args.precision}, lr "
-          f"{args.lr:g} (heads {head_lr(args):g})")
-    if WORLD > 1:
-        print(f"{WORLD} processes, {WORLD * args.batch_size} images per step")
+          f"{args.lr:g} (heads {head_lr(args):g}){several}")
     depth = len(scorer.towers["image"].blocks)
     print_advice(args, settings_advice(args, len(parts["train"]), depth, table.targets))
     if (args.use_two_branch or args.use_refinement) and not args.no_residual_learning:
@@ -2663,22 +2649,15 @@ def print_epoch(row, rate, better):
 def floor_metrics(run, part):
     """Return {floor: metrics} on one part of the split."""
     rows = run.parts[part]
-    return {name: metrics({t: of_all[t][rows] for t in of_all}, run.table.frame.iloc[rows],
-                          run.table.targets) for name, of_all in run.floors.items()}
-
-
-def tier(target, srocc, gap):
-    """Return the card's tier of a target from its validation SROCC and Train-Val Gap."""
-    return next((name for name, low, high in TIERS[target] if srocc > low and gap < high),
-                "needs work")
+    return {name: metrics(pd.DataFrame(floor).iloc[rows], run.table.frame.iloc[rows],
+                          run.table.targets) for name, floor in run.floors.items()}
 
 
 def bootstrap(preds, mos, groups, draws=1000):
     """Return a DataFrame (draws, names) of SROCC of several predictions, by bootstrap over prompts.
 
-    Images of one prompt are not independent, so prompts are drawn, not images (cluster bootstrap:
-    Davison and Hinkley, 1997). preds: {name: (n,)}; mos, groups: (n,). A constant draw has none,
-    and a single prompt has no spread: all NaN.
+    Images of one prompt are not independent (cluster bootstrap: Davison and Hinkley, 1997). preds:
+    {name: (n,)}; mos, groups: (n,). A constant draw has none; a single prompt has no spread: NaN.
     """
     rng, sroccs = np.random.default_rng(0), []
     members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
@@ -2695,105 +2674,99 @@ def bootstrap(preds, mos, groups, draws=1000):
 def results(run):
     """Evaluate the best epoch on every part; returns ({part: predictions}, the row of results).
 
-    The row is flat: {"val_srocc_q", ..}; floors, intervals and gains are those of the part that the
-    run is judged on, test where there is one. It is what result.json, runs.csv, the table and the
-    repeats have.
+    The row is flat: {"val_srocc_q", ..}; floors, intervals and gains are of the judged part, test
+    where there is one. It is what result.json, runs.csv, the table and the repeats have.
     """
-    args, best, epoch = run.args, Path(run.args.output_dir, "baseline_best.pt"), None
+    args, frame, best = run.args, run.table.frame, Path(run.args.output_dir, "baseline_best.pt")
     if RANK == 0:
-        content = load_checkpoint(best)
-        epoch = content["progress"]["best_epoch"]
-        load_trained_state(run.scorer, content["state"], best)
+        load_trained_state(run.scorer, load_checkpoint(best)["state"], best)
     for value in run.scorer.trained_state().values() if WORLD > 1 else ():
         dist.broadcast(value.detach(), 0)
-    scored = run.table.frame[list(run.table.targets)].iloc[run.parts["test"]].count()
-    judged, preds = "test" if scored.min() > 1 else "val", {}
+    tested = frame[list(run.table.targets)].iloc[run.parts["test"]].count()
+    judged, preds = "test" if tested.min() > 1 else "val", {}
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": args.command, "seed": run.seed,
-           "split": split_hash(run), "part": judged, "best_epoch": gather(epoch)[0],
-           "epochs_run": run.progress["epoch"],
-           **{f"images_{part}": len(rows) for part, rows in run.parts.items()}}
-    for part in [part for part in ("val", "test", "train") if len(run.parts[part])]:
-        preds[part], measured = evaluate(run, part)
-        row |= {f"{part}_{name}": value for name, value in measured.items() if name != "loss"}
-    for name, measured in floor_metrics(run, judged).items():
-        row |= {f"{name}_{metric}": value for metric, value in measured.items()}
+           "split": split_hash(run), "part": judged, "best_epoch": run.progress["best_epoch"],
+           "epochs_run": run.progress["epoch"], "output_dir": args.output_dir,
+           "checkpoint": str(best)}
+    measured = floor_metrics(run, judged)
+    for part, rows in run.parts.items():
+        row[f"images_{part}"] = len(rows)
+        if len(rows):
+            preds[part], measured[part] = evaluate(run, part)
+    row |= {f"{name}_{metric}": value for name, values in measured.items()
+            for metric, value in values.items() if metric != "loss"}
     for t in run.table.targets:
-        scored = run.table.frame[t].iloc[run.parts[judged]].notna().to_numpy()
-        rows, pred = run.parts[judged][scored], preds[judged][scored]
-        gap = row[f"train_srocc_{t}"] - row[f"val_srocc_{t}"]
-        row |= {f"gap_{t}": gap, f"tier_{t}": tier(t, row[f"val_srocc_{t}"], gap)}
+        pred = preds[judged][frame[t].iloc[run.parts[judged]].notna().to_numpy()]
+        srocc, rows = row[f"val_srocc_{t}"], pred.index.to_numpy()
+        gap = row[f"train_srocc_{t}"] - srocc
+        row |= {f"gap_{t}": gap, f"tier_{t}": next((
+            name for name, low, high in TIERS[t] if srocc > low and gap < high), "needs work")}
         if not args.no_residual_learning:
             size = pred[f"{t}_delta"].abs()
             row |= {f"saturated_{t}": float((size > SATURATED).mean()),
                     f"largest_delta_{t}": float(size.max())}
         drawn = bootstrap({"run": pred[t]} | {name: of[t][rows] for name, of in run.floors.items()},
-                          *run.table.frame[[t, "group_id"]].to_numpy()[rows].T)
-        floors = drawn[[*run.floors]]
+                          *frame[[t, "group_id"]].to_numpy()[rows].T)
+        floors = drawn.drop(columns="run")
         if ((floors.quantile(0.975) < 0) & (floors.std() > 0)).any():  # one group has no interval
             print(f"{TITLES[t]}: the SROCC of a floor is clearly below 0: higher scores must be "
                   f"better; turn DMOS round (its maximum minus each)")
-        drawn = drawn.assign(**{name: drawn["run"] - drawn[name] for name in run.floors})  # gains
-        for name, (low, high) in drawn.quantile([0.025, 0.975]).items():
-            key = f"interval_{t}" if name == "run" else f"gain_{name}_{t}"
-            row |= {f"{key}_low": low, f"{key}_high": high}
+        spans = floors.rsub(drawn["run"], axis=0).add_prefix("gain_").assign(interval=drawn["run"])
+        for name, ends in spans.quantile([0.025, 0.975]).items():
+            row |= dict(zip((f"{name}_{t}_low", f"{name}_{t}_high"), ends))
         for name in run.floors:
             row[f"gain_{name}_{t}"] = row[f"{judged}_srocc_{t}"] - row[f"{name}_srocc_{t}"]
-    return preds, row | {"output_dir": args.output_dir, "checkpoint": str(best)}
+    return preds, row
 
 
 def score_table(rows):
     """Return the table of floors and runs as a DataFrame of text, mean +- SD of several rows."""
-    frame = pd.DataFrame(rows)
-    part = frame["part"][0]
-    shown = [metric for metric in SHOWN if f"{part}_{metric}" in frame]
-    names = {**{floor: title for floor, title in FLOORS.items() if f"{floor}_{shown[0]}" in frame},
-             part: "this run"}
-    def cell(name):
-        values = pd.to_numeric(frame[name])
-        return f"{values.mean():.4f}" + f" +- {values.std():.4f}" * (len(values) > 1)
-    return pd.DataFrame({metric.upper(): {title: cell(f"{name}_{metric}")
-                                          for name, title in names.items()} for metric in shown})
+    frame, cells = pd.DataFrame(rows), {}
+    names = FLOORS | {frame["part"][0]: "this run"}
+    for metric, (name, title) in itertools.product(SHOWN, names.items()):
+        if (key := f"{name}_{metric}") in frame:
+            values = pd.to_numeric(frame[key])
+            spread = f" +- {values.std():.4f}" * (len(values) > 1)
+            cells.setdefault(metric.upper(), {})[title] = f"{values.mean():.4f}{spread}"
+    return pd.DataFrame(cells)
 
 
 def verdict(row):
     """Return the lines below the table: gains over the floors, and of one run gap and tier."""
-    interval_free = not any(key.endswith("_low") for key in row)
-
     def interval(key, form):
         low, high = row[f"{key}_low"], row[f"{key}_high"]
         return "no interval" if math.isnan(low) else f"{low:{form}}..{high:{form}}"
 
     def gain(key):
-        return f"{row[key]:+.4f} " + (f"+- {row['sd'][key]:.4f}" if interval_free  # over seeds
-                                      else f"({interval(key, '+.4f')})")
-    lines = [f"gain over {title}, paired, {'mean +- SD' if interval_free else '95 %'}: " + (
-        ", ".join(f"{t.upper()} {gain(key)}" for t in TARGETS
-                  if (key := f"gain_{name}_{t}") in row))
-        for name, title in FLOORS.items() if {f"gain_{name}_q", f"gain_{name}_c"} & set(row)]
+        return f"{row[key]:+.4f} " + (f"({interval(key, '+.4f')})" if f"{key}_low" in row
+                                      else f"+- {row['sd'][key]:.4f}")  # over seeds
+
+    how, lines = "95 %" if any(key.endswith("_low") for key in row) else "mean +- SD", []
+    for name, title in FLOORS.items():
+        gains = [f"{t.upper()} {gain(key)}" for t in TARGETS if (key := f"gain_{name}_{t}") in row]
+        lines += [f"gain over {title}, paired, {how}: {', '.join(gains)}"] if gains else []
     return lines + [
         f"{TITLES[t]}: 95 % interval of SROCC {interval(f'interval_{t}', '.3f')}, validation SROCC "
-        f"{row[f'val_srocc_{t}']:.4f}, Train-Val Gap {row[f'gap_{t}']:+.4f}, tier "
-        f"{row[f'tier_{t}']}"
-        for t in TARGETS if f"tier_{t}" in row]
+        f"{row[f'val_srocc_{t}']:.4f}, Train-Val Gap {row[f'gap_{t}']:+.4f}, tier {row[key]}"
+        for t in TARGETS if (key := f"tier_{t}") in row]
 
 
 def keep_records(run, preds, row):
     """Print and write what a finished run leaves; row["advice"] gets the names of what fired."""
-    args, folder, frame = run.args, Path(run.args.output_dir), run.table.frame
+    args, folder, table = run.args, Path(run.args.output_dir), run.table
     depth = len(run.scorer.towers["image"].blocks)
-    before = settings_advice(args, len(run.parts["train"]), depth, run.table.targets)
+    before = settings_advice(args, len(run.parts["train"]), depth, table.targets)
     findings = training_advice(args, run.progress["log"], row, depth)
     row["advice"] = [what for what, *_ in before + findings]
-    print(f"\n{row['part']}, best epoch {row['best_epoch']}\n{score_table([row]).to_string()}")
-    print("\n".join(verdict(row)))
+    print(f"\n{row['part']}, best epoch {row['best_epoch']}")
+    print(score_table([row]).to_string(), *verdict(row), sep="\n")
     print_advice(args, findings)
     if RANK:
         return
-    for part in [part for part in ("val", "test") if part in preds]:
-        table = frame.reindex(columns=["name", "prompt", "mos_quality", "mos_align"])
-        table = table.iloc[run.parts[part]].dropna(axis="columns")
-        table = add_scores(table, preds[part], run.table.targets)
-        save_text(folder / f"{part}_predictions.csv", table.to_csv(index=False))
+    for part in preds.keys() - {"train"}:
+        given = table.frame.filter(["name", "prompt", "mos_quality", "mos_align"])
+        scores = add_scores(given.iloc[run.parts[part]], preds[part], table.targets)
+        save_text(folder / f"{part}_predictions.csv", scores.to_csv(index=False))
     if not args.no_plots:
         write_report(run, preds[row["part"]], row, before + findings)
     if args.tensorboard:
@@ -2824,20 +2797,18 @@ def append_run(args, row):
 
 
 def write_config(run):
-    """Write config.json: arguments, versions, split, label scales, commit; and skipped.csv."""
-    args, table, folder = run.args, run.table, Path(run.args.output_dir)
-    git = shutil.which("git") and subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    save_text(folder / "config.json", json_text({
-        "arguments": {k: v for k, v in vars(args).items() if k != "explicit"}, "seed": run.seed,
-        "fingerprint": fingerprint(args, table), "identity": run.identity,
-        "label_scales": table.targets, "split": split_hash(run),
+    """Write config.json: what the run is, versions and commit; and skipped.csv."""
+    args, folder = run.args, Path(run.args.output_dir)
+    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=HERE, capture_output=True,
+                            text=True, check=False).stdout.strip()
+    save_text(folder / "config.json", json_text(description(run) | {
+        "fingerprint": fingerprint(args, run.table), "precision": args.precision,
         "images": {part: len(rows) for part, rows in run.parts.items()},
         "versions": {"python": sys.version.split()[0]} | {
             module.__name__: module.__version__ for module in (torch, open_clip, pd, np, scipy)},
-        "commit": git.stdout.strip() or None if git else None}))
+        "commit": commit or None}))
     if args.skip_bad_images:
-        save_text(folder / "skipped.csv", table.skipped.to_csv(index=False))
+        save_text(folder / "skipped.csv", run.table.skipped.to_csv(index=False))
 
 
 def fingerprint(args, table):
@@ -2853,8 +2824,7 @@ def archive_old_run(args):
     names = ["baseline_best.pt", "baseline_last.pt", "config.json", "result.json", "curves.png",
              "scatter.png", "worst.png", "report.html", "tensorboard", "skipped.csv",
              "val_predictions.csv", "test_predictions.csv", args.log_csv]
-    old = [path for path in map(folder.joinpath, names) if path.exists()]
-    old += sorted(folder.glob("repeat_*"))
+    old = [*filter(Path.exists, map(folder.joinpath, names)), *folder.glob("repeat_*")]
     if RANK == 0 and old:
         target = folder / "archive" / time.strftime("%Y%m%d-%H%M%S")
         while target.exists():
@@ -2879,44 +2849,37 @@ def split_margin(sd, splits, ratio):
 def train_repeats(args, table):
     """Train on several splits; a repeat that was finished before is kept, one that began goes on.
 
-    With a split column the seeds alone differ: then there is no interval over splits.
-
     Returns {"repeats": rows, "mean", "sd": by the rows' keys, "gain_<floor>_<target>": mean of the
-    paired differences over splits, .._low, .._high: its 95 % interval, see split_margin}.
+    paired differences over splits, .._low, .._high: its 95 % interval, see split_margin}. With a
+    split column the seeds alone differ: then there is no interval.
     """
-    folders = {seed: Path(args.output_dir, f"repeat_{seed}")
-               for seed in range(args.seed, args.seed + args.repeats)}
-    known = [json.loads(path.read_text())["fingerprint"] for folder in folders.values()
-             if (path := folder / "config.json").exists()]
-    if {*gather(known)[0]} != {fingerprint(args, table)}:
+    rows, known = [], {json.loads(path.read_text())["fingerprint"]
+                       for path in Path(args.output_dir).glob("repeat_*/config.json")}
+    if gather(known)[0] != {fingerprint(args, table)}:
         archive_old_run(args)
-    rows = []
-    for seed, folder in folders.items():
+    for seed in range(args.seed, args.seed + args.repeats):
+        folder = Path(args.output_dir, f"repeat_{seed}")
         done, last = folder / "result.json", folder / "baseline_last.pt"
         print(f"\nrepeat with seed {seed}{': finished before, kept' * done.exists()}")
         finished, begun = gather((done.exists(), last.exists()))[0]
         if not finished:
-            content = load_checkpoint(last) if begun else None
             options = argparse.Namespace(**vars(args) | {
-                "output_dir": str(folder), "resume_from": str(last) if content else None})
-            train_one_run(options, table, seed, content)
-            gather(None)
+                "output_dir": str(folder), "resume_from": str(last) if begun else None})
+            train_one_run(options, table, seed, load_checkpoint(last) if begun else None)
         rows += gather(json.loads(done.read_text()) if RANK == 0 else None)[:1]
         append_run(args, rows[-1])  # where a kill came before it
-    frame = pd.DataFrame(rows)
-    numbers = frame[[name for name in frame if name[-2:] in ("_q", "_c")
-                     and not name.startswith("tier")]].astype(float)
-    mean, sd = numbers.mean(), numbers.std()
-    judged, trained = frame[f"images_{rows[0]['part']}"].mean(), frame["images_train"].mean()
-    margin = split_margin(sd, len(rows), judged / trained)
-    result = {"repeats": rows, "part": rows[0]["part"], "mean": mean.to_dict(), "sd": sd.to_dict(),
-              "output_dir": args.output_dir, "command": args.command}
-    for name in [name for name in numbers if name.startswith("gain_")]:
-        result |= {name: mean[name]} | ({} if args.split_column else {
-            f"{name}_low": mean[name] - margin[name], f"{name}_high": mean[name] + margin[name]})
-    what = "seeds" if args.split_column else "splits"
-    print(f"\n{result['part']} of {len(rows)} {what}, mean +- SD\n{score_table(rows).to_string()}")
-    print("\n".join(verdict(result)))
+    frame, part = pd.DataFrame(rows), rows[0]["part"]
+    numbers = frame.filter(regex="^(?!tier).*_[qc]$").astype(float)
+    mean, sd, gains = numbers.mean(), numbers.std(), numbers.filter(regex="^gain_").columns
+    result = {"repeats": rows, "part": part, "mean": mean.to_dict(), "sd": sd.to_dict(),
+              "output_dir": args.output_dir, "command": args.command} | mean[gains].to_dict()
+    if not args.split_column:
+        ratio = frame[f"images_{part}"].mean() / frame["images_train"].mean()
+        margin = split_margin(sd, len(rows), ratio)[gains]
+        result |= (mean[gains] - margin).add_suffix("_low").to_dict()
+        result |= (mean[gains] + margin).add_suffix("_high").to_dict()
+    print(f"\n{part} of {len(rows)} {'seeds' if args.split_column else 'splits'}, mean +- SD")
+    print(score_table(rows).to_string(), *verdict(result), sep="\n")
     save_text(Path(args.output_dir, "result.json"), json_text(result))
     return result
 
@@ -2972,12 +2935,12 @@ def training_advice(args, log, row, depth):
     log: rows of the epochs; row: of results; depth: of the image tower, 0 if unknown.
     """
     last, best, targets = log[-1], row["best_epoch"], [t for t in TARGETS if f"gap_{t}" in row]
-    gaps, weak = ([row[f"gap_{t}"] for t in targets],
-                  [row[f"tier_{t}"] == "needs work" for t in targets])
+    widest = max(row[f"gap_{t}"] for t in targets)
+    weak = all(row[f"tier_{t}"] == "needs work" for t in targets)
     fitted = max(last[f"train_srocc_{t}"] - last[f"val_srocc_{t}"] for t in targets)
     rise, epoch = max(((b["train_loss"] / a["train_loss"], b["epoch"])
                        for a, b in zip(log, log[1:])), default=(0, 0))
-    over = max(gaps) > 0.05 or (fitted > 0.1 and best < last["epoch"] / 2)
+    over = widest > 0.05 or (fitted > 0.1 and best < last["epoch"] / 2)
     gap = "Train-Val Gap " + ", ".join(f"{t.upper()} {row[f'gap_{t}']:+.3f}" for t in targets)
     scores = ", ".join(f"{t.upper()} {row[f'val_srocc_{t}']:.3f} ({row[f'tier_{t}']})"
                        for t in targets)
@@ -2985,20 +2948,20 @@ def training_advice(args, log, row, depth):
     third, frozen, partial = float(f"{args.lr / 3:.2g}"), args.freeze_clip, args.partial_freeze
     less = {"epochs": max(1, args.epochs // 2)} if frozen else {"lr": third if args.demo else 1e-5}
     blocks = {"freeze_layers": max(1, round(depth * 20 / 24))} if depth and not frozen else {}
-    fewer = {"freeze_layers": max(1, round(depth * 16 / 24))} if partial else {}
     rows = [
         ("overfitting", over, f"{gap} (above 0.05 needs work); best epoch {best} of "
          f"{last['epoch']}, in the last one training SROCC is {fitted:+.3f} from validation",
          remedy(args, {"dropout": 0.2, "weight_decay": 5e-4} | blocks, small | less)
          + " --partial_freeze" * bool(blocks and not partial)),
-        ("underfitting", not over and all(weak) and max(gaps) < 0.02 and best == last["epoch"],
+        ("underfitting", not over and weak and widest < 0.02 and best == last["epoch"],
          f"validation SROCC {scores} still rise in the last epoch, {gap}",
          remedy(args, large | {"lr": min(5e-3, args.lr * 2) if frozen else 5e-5},
-                {"dropout": 0.05, "weight_decay": 1e-5} | fewer)),
+                {"dropout": 0.05, "weight_decay": 1e-5,  # of a partly frozen tower fewer blocks
+                 "freeze_layers": max(1, round(depth * 16 / 24))})),
         ("unstable loss", rise > 1.2, f"training loss rose {rise:.1f}-fold in epoch {epoch}",
          remedy(args, {"warmup_ratio": 0.1},
                 {"max_grad_norm": 0.5, "lr": third, "batch_size": 16}))]
-    for t, other in (("c", "q"), ("q", "c")) if len(targets) > 1 else ():
+    for t, other in zip(targets, targets[::-1]):  # of one target that is low its own tier is too
         low = row[f"val_srocc_{t}"] <= TIERS[t][-1][1]  # the gap alone is no low score
         rows += [(f"low SROCC_{t.upper()} only", low and row[f"tier_{other}"] != "needs work",
                   f"validation SROCC {scores}", remedy(

@@ -396,5 +396,5 @@ def test_config_records_split_and_scales(train):
     """config.json says what the labels were divided by and which split it was."""
     run = train("--freeze_clip", "--epochs", 1, "--test_ratio", 0.2)
     config = read_json(run.folder / "config.json")
-    assert config["label_scales"] == {"q": [0, 5], "c": [0, 5]}
+    assert config["targets"] == {"q": [0, 5], "c": [0, 5]}
     assert config["split"] == run.row["split"] and sum(config["images"].values()) == 36
