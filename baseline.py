@@ -344,7 +344,6 @@ import re
 import shutil
 import socket
 import subprocess
-import tempfile
 import textwrap
 import threading
 import urllib.request
@@ -2331,7 +2330,7 @@ def writing(path):
             os.replace(half, path)
     finally:
         with contextlib.suppress(OSError):
-            half.unlink(missing_ok=True)
+            (shutil.rmtree if half.is_dir() else os.unlink)(half)
 
 
 def save_checkpoint(run, best):
@@ -2402,14 +2401,10 @@ def read_export(folder):
     weights = (folder / "model.safetensors").read_bytes()
     if content.get("sha256") != hashlib.sha256(weights).hexdigest():
         raise ValueError("the checksum of its model.safetensors is not that of its config.json")
-    tensors = safetensors.torch.load(weights)
-    before = {key[7:]: tensors.pop(key) for key in [*tensors] if key.startswith("before.")}
-    clip = [key for key in tensors if key.startswith("clip.")]
-    return content | {
-        "args": content["args"] | {"clip_model": f"local-dir:{folder}"},
-        "state": {key: value for key, value in sorted(tensors.items())  # they come in any order
-                  if key in before or not key.startswith("clip.")},
-        "clip": {key[5:]: before.get(key, tensors[key]) for key in clip}}
+    content["args"]["clip_model"] = f"local-dir:{folder}"
+    tensors = sorted(safetensors.torch.load(weights).items())  # they come in any order
+    return content | {part: {key.removeprefix(f"{part}."): value for key, value in tensors
+                             if key.startswith(f"{part}.")} for part in ("clip", "state")}
 
 
 def load_checkpoint(path):
@@ -3206,8 +3201,7 @@ class Scorer(nn.Module):
 
     def __init__(self, content, args, device):
         super().__init__()
-        moved = {k: getattr(args, k) for k in ("clip_model", "pretrained") if k in args.explicit}
-        saved = argparse.Namespace(**content["args"] | ({} if "clip" in content else moved))
+        saved = argparse.Namespace(**content["args"])
         clip, self.tokenizer, self.identity = load_clip(saved, saved.seed, content)
         self.before = clip if saved.freeze_clip else copy.deepcopy(clip)
         after = make_towers(clip, self.tokenizer, saved)
@@ -3324,6 +3318,24 @@ def one_each(prompts, count):
     return ["" if pd.isna(text) else str(text) for text in texts]
 
 
+def scoring_checkpoint(args, device=None):
+    """Return the content of --checkpoint, its columns and its CLIP's place as named by the flags.
+
+    args.precision becomes the checkpoint's, unless it is named, and fits the device.
+    """
+    content = load_checkpoint(args.checkpoint)
+    places = ("clip_model", "pretrained") if "clip" not in content else ()
+    content["args"] |= {name: getattr(args, name) for name in args.explicit
+                        if name.endswith("_column") or name in ("precision", *places)}
+    args.precision = content["args"]["precision"]
+    settle_precision(args, device)
+    for t in set(TARGETS) - set(content["targets"]):
+        if getattr(args, f"min_{TITLES[t]}") is not None:
+            raise UserError(f"{args.checkpoint} gives no {TITLES[t]}, for it had no such scores to "
+                            f"train on: drop --min_{TITLES[t]}.")
+    return content
+
+
 def load(path, device=None, **flags):
     """Return the Scorer of a checkpoint, a folder of --export or hf-hub:ORG/NAME.
 
@@ -3331,11 +3343,10 @@ def load(path, device=None, **flags):
     heeds: batch_size, num_workers, precision, clip_model, pretrained.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    args, content = parse_args([f"--{k}={v}" for k, v in flags.items()]), load_checkpoint(path)
-    args.precision = flags.get("precision", content["args"]["precision"])
-    settle_precision(args, device)
+    args = parse_args([f"--{k}={v}" for k, v in flags.items()])
+    args.checkpoint = path
     with torch.random.fork_rng([]):
-        return Scorer(content, args, device)
+        return Scorer(scoring_checkpoint(args, device), args, device)
 
 
 CARD = """---
@@ -3358,34 +3369,29 @@ def export(args):
     """Write --checkpoint as a folder that needs no other file (see read_export), or nothing."""
     if RANK:
         return
-    target, content = Path(args.export), load_checkpoint(args.checkpoint)
+    target, content = Path(args.export), scoring_checkpoint(args)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--export needs a new or empty folder, but {target} is none.")
-    scorer = Scorer(content, args, torch.device("cpu"))
-    first = scorer.before.state_dict(prefix="clip.")
-    tensors = scorer.model.state_dict() | {
-        f"before.{key}": first[key] for key in first if key in content["state"]}
-    weights = safetensors.torch.save({key: value.clone(memory_format=torch.contiguous_format)
-                                      for key, value in tensors.items()})
-    plain = content.keys() - {"state", "clip", "optimizer", "scaler", "path"}
-    model = open_clip.get_model_config(scorer.saved.clip_model)
+    saved = argparse.Namespace(**content["args"])
+    clip, tokenizer, identity = load_clip(saved, saved.seed, content)
+    tensors = {"clip": clip.state_dict(), "state": content["state"]}
+    weights = safetensors.torch.save({
+        f"{part}.{key}": value.clone(memory_format=torch.contiguous_format)
+        for part in tensors for key, value in tensors[part].items()})
+    plain = content.keys() - {*tensors, "optimizer", "scaler", "path"}
+    model = open_clip.get_model_config(saved.clip_model) | {"quick_gelu": identity["quick_gelu"]}
     files = {"README.md": model_card(target.name, content, Path(args.checkpoint).parent),
              "config.json": json_text({key: content[key] for key in sorted(plain)} | {
                  "sha256": hashlib.sha256(weights).hexdigest()}),
              "open_clip_config.json": json_text({
-                 "model_cfg": model | {"quick_gelu": scorer.identity["quick_gelu"]},
-                 "preprocess_cfg": scorer.identity["preprocess"]})}
-    with must_write(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            half = Path(folder, target.name)
-            half.mkdir()
-            (half / "model.safetensors").write_bytes(weights)
-            for name, text in files.items():
-                (half / name).write_text(text, encoding="utf-8")
-            if hasattr(scorer.tokenizer, "save_pretrained"):  # open_clip's own needs no files
-                scorer.tokenizer.save_pretrained(half)
-            os.replace(half, target)
+                 "model_cfg": model, "preprocess_cfg": identity["preprocess"]})}
+    with writing(target) as half:
+        half.mkdir()
+        (half / "model.safetensors").write_bytes(weights)
+        for name, text in files.items():
+            (half / name).write_text(text, encoding="utf-8")
+        if hasattr(tokenizer, "save_pretrained"):  # open_clip's own needs no files
+            tokenizer.save_pretrained(half)
     print(f"{target} holds all that scoring needs: give it as --checkpoint or to baseline.load")
 
 
@@ -3402,14 +3408,6 @@ def model_card(name, content, folder):
     return CARD.format(**content | content["args"] | content["identity"] | {
         "name": name, "scores": scores, "csv": Path(content["args"]["data_csv_path"]).name,
         "images": config.get("images", "") if config.get("split") == content["split"] else ""})
-
-
-def refuse_untrained_limits(args, targets):
-    """Raise UserError where --min_quality or --min_consistency is of no trained target."""
-    for t in TARGETS:
-        if t not in targets and getattr(args, f"min_{TITLES[t]}") is not None:
-            raise UserError(f"{args.checkpoint} gives no {TITLES[t]}, for it had no such scores to "
-                            f"train on: drop --min_{TITLES[t]}.")
 
 
 def scores_path(args):
@@ -3519,14 +3517,9 @@ def predict(args):
     """
     target = scores_path(args)
     with contextlib.redirect_stdout(sys.stdout if RANK or target else sys.stderr):
-        content = load_checkpoint(args.checkpoint)
-        named = {flag for flag in args.explicit if flag.endswith("_column")}
-        saved = argparse.Namespace(**content["args"] | {k: getattr(args, k) for k in named})
-        refuse_untrained_limits(args, content["targets"])
+        content = scoring_checkpoint(args)
+        saved = argparse.Namespace(**content["args"])
         frame, paths, prompts, unread = scoring_frame(args, saved)
-        if "precision" not in args.explicit:
-            args.precision = saved.precision
-        settle_precision(args)
         key = content_key(
             identity=content["identity"], state=weights_hash(content["state"]),
             precision=args.precision, prompts=prompts,

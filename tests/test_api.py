@@ -215,10 +215,11 @@ def test_what_an_export_holds(own, data, tmp_path, capsys, monkeypatch):
     tensors = load_file(out / "model.safetensors")
     order = list(baseline.load_checkpoint(out)["state"])  # what a stopped scoring is known by
     assert order == sorted(state)
-    assert same_tensors({key: tensors[key] for key in state}, state)
+    assert same_tensors({key: tensors[f"state.{key}"] for key in state}, state)
     first = load_file(clip / "open_clip_model.safetensors")
     trained = {key for key in state if key.startswith("clip.visual.")}
-    assert trained and all(torch.equal(tensors[f"before.{k}"], first[k[5:]]) for k in trained)
+    assert trained and all(torch.equal(tensors[key], first[key[5:]]) for key in trained)
+    assert len(tensors) == len(first) + len(state)
     card, row = (out / "README.md").read_text(), baseline.json.loads(
         (checkpoint.parent / "result.json").read_text())
     for said in (f"{row['val_srocc_q']:.4f}", f"{row['linear_probe_srocc_c']:.4f}", "license",
