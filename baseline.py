@@ -3195,57 +3195,54 @@ def scoring_frame(args, saved):
 class Scorer(nn.Module):
     """Score images as a checkpoint has learned to: files by `score`, tensors by a call.
 
-    content: of load_checkpoint; args: of the command line. before: the CLIP before training, which
-    the base's cosine needs; what is frozen is shared with the one after it.
+    content: of scoring_checkpoint; args: of the command line. The base's cosine needs the CLIP
+    before training as well, which shares what is frozen with the one after it: the last and the
+    first of `towers`, one where all is.
     """
 
     def __init__(self, content, args, device):
         super().__init__()
         saved = argparse.Namespace(**content["args"])
         clip, self.tokenizer, self.identity = load_clip(saved, saved.seed, content)
-        self.before = clip if saved.freeze_clip else copy.deepcopy(clip)
-        after = make_towers(clip, self.tokenizer, saved)
-        self.towers = after, (after if saved.freeze_clip else
-                              make_towers(self.before, self.tokenizer, saved))
-        self.model = CLIPScorer(clip, after, self.identity, saved)
-        for module, twin in zip(clip.modules(), self.before.modules()):
-            for name, parameter in module.named_parameters(recurse=False):
-                if not parameter.requires_grad:
-                    setattr(twin, name, parameter)
+        shared = {id(value): value for name, value in clip.named_parameters()
+                  if f"clip.{name}" not in content["state"]}
+        self.clips = nn.ModuleList([clip] if saved.freeze_clip else
+                                   [clip, copy.deepcopy(clip, shared)])
+        self.towers = [make_towers(each, self.tokenizer, saved) for each in self.clips]
+        self.model = CLIPScorer(clip, self.towers[0], self.identity, saved)
         load_trained_state(self.model, content["state"], content["path"])
-        self.args, self.saved = argparse.Namespace(**vars(args) | {"cache": "off"}), saved
-        self.targets, self.scales = content["targets"], content["scales"]
-        self.offsets = content["offsets"]
+        self.args, self.targets = args, content["targets"]
+        self.scales, self.offsets = content["scales"], content["offsets"]
         self.requires_grad_(False).to(device).eval()
 
     def train(self, mode=True):
         """Stay in eval mode, whatever a model that it is part of does."""
         return super().train(False)
 
-    def texts(self, prompts, what=""):
-        """Return (N,) index into U unique prompts, (U, D) embeddings by the towers, (U, D) by those
-        before training, and (U,) which are blank.
-        """
-        device = self.model.pixel_mean.device
-        index, unique = pd.factorize(np.array(prompts, dtype=object))
-        texts = TextInputs(self.towers[0]["text"], self.tokenizer, self.identity, self.args, device,
-                           what, list(unique))
-        t0 = t = texts.embed().to(device)
-        if self.before is not self.model.clip:
-            texts.tower = self.towers[1]["text"]
-            t0 = texts.embed().to(device)
-        blank = torch.tensor([not text.strip() for text in unique], device=device)
-        return torch.from_numpy(index).to(device), t, t0, blank
+    def embed(self, name, x, ids=None):
+        """Return (B, 2, D) embeddings, after and before training, of what a tower's prefix gave."""
+        with autocast(self.args, x.device):
+            both = [towers[name].suffix(x, ids) for towers in self.towers]
+        return torch.stack([both[0], both[-1]], dim=1)
 
-    def outputs(self, images, index, t, t0, blank):
-        """Return PREDICTIONS of (B, 3, H, W) images, 0 to 255, and their prompts: see texts."""
-        with autocast(self.args, t.device):
+    def texts(self, prompts):
+        """Return (N,) index into U unique prompts, and their (U, 2, D) embeddings; blank: NaN."""
+        index, unique = pd.factorize(np.array(prompts, dtype=object))
+        texts = TextInputs(self.towers[0]["text"], self.tokenizer, self.identity, self.args,
+                           self.model.pixel_mean.device, "prompts", list(unique))
+        batches = batches_of(len(unique), 64)
+        both = torch.cat([self.embed("text", *texts.read(rows)[:2])
+                          for rows in progress_bar(batches, "prompts", len(batches))])
+        both[[not text.strip() for text in unique]] = math.nan
+        return torch.from_numpy(index).to(both.device), both
+
+    def outputs(self, images, texts):
+        """Return CLIPScorer.score of (B, 3, H, W) images, 0 to 255, and (B, 2, D) of `texts`."""
+        with autocast(self.args, images.device):
             x = self.towers[0]["image"].prefix(self.model.pixels(images))
-            f, f0 = (towers["image"].suffix(x) for towers in self.towers)
-        with torch.autocast(t.device.type, enabled=False):
-            out = self.model.score(f, t[index], (f0 * t0[index]).sum(-1))
-        return {name: out[name].masked_fill(blank[index] & (name[0] == "c"), math.nan)
-                for name in PREDICTIONS}
+        (f, f0), (t, t0) = (both.unbind(1) for both in (self.embed("image", x), texts))
+        with torch.autocast(images.device.type, enabled=False):
+            return self.model.score(f, t, (f0 * t0).sum(-1))
 
     def forward(self, pixels, prompts=None):
         """Return {"quality", "consistency", "quality_base", ..} of (B,) tensors on the MOS scale.
@@ -3258,9 +3255,9 @@ class Scorer(nn.Module):
             raise UserError(f"A Scorer reads pixels (B, 3, H, W) from 0 to 1, but got "
                             f"{tuple(pixels.shape)} from {low:g} to {high:g}: see its method score "
                             f"for files, pictures and arrays.")
-        index, *texts = self.texts(one_each(prompts, len(pixels)))
-        images = Decoder([], self.identity["preprocess"]).resize(pixels.to(texts[0])) * 255
-        out = self.outputs(images, index, *texts)
+        index, texts = self.texts(one_each(prompts, len(pixels)))
+        images = Decoder([], self.identity["preprocess"]).resize(pixels.to(texts)) * 255
+        out = self.outputs(images, texts[index])
         return {name: to_mos(out[key], key[0], self.scales, self.offsets)
                 for name, key in SCORES.items() if key[0] in self.targets}
 
@@ -3268,30 +3265,19 @@ class Scorer(nn.Module):
     def scored(self, images, prompts, steps):
         """Yield a DataFrame for each of several arrays of rows: PREDICTIONS, and error.
 
-        On the [0, 1] scale; NaN where the image is unreadable, consistency without a prompt.
+        On the [0, 1] scale; NaN where the image is unreadable, consistency without a prompt. All
+        prompts are embedded, whatever the steps: so the rest of a stopped run is bit for bit that
+        of a whole one.
         """
-        index, *texts = self.texts(prompts, "prompts")
+        index, texts = self.texts(prompts)
         files = all(isinstance(image, (str, os.PathLike)) for image in images)
         stream = ahead(Decoder(images, self.identity["preprocess"]), steps,
                        self.args.num_workers * files)  # threads must not share an open picture
         for rows, (pixels, errors) in progress_bar(zip(steps, stream), "score", len(steps)):
-            out = self.outputs(pixels.to(index.device), index[rows], *texts)
+            out = self.outputs(pixels.to(texts.device), texts[index[rows]])
             pred = pd.DataFrame({name: out[name].cpu() for name in PREDICTIONS}, rows)
             pred.loc[list(errors)] = np.nan
             yield pred.assign(error=[errors.get(row, "") for row in rows])
-
-    def batches(self, images, prompts, start=0):
-        """Yield (rows, DataFrame of PREDICTIONS, {row: why unreadable}) of all batches from a row.
-
-        The processes of torchrun share each batch, and all of them get the whole. All prompts are
-        embedded, whatever the first row is: so the rest is bit for bit that of a whole run.
-        """
-        steps = list(deal(np.arange(start, len(images)), self.args.batch_size))
-        scored = self.scored(images, prompts, [rows for rows, _ in steps])
-        for (_, kept), pred in zip(steps, scored):
-            pred = pd.concat(gather(pred[kept > 0])).sort_index()
-            error = pred.pop("error")
-            yield pred.index.to_numpy(), pred, error[error != ""].to_dict()
 
     def score(self, images, prompts=None):
         """Return a DataFrame of SCORES, as --predict has them, and error, a row per image.
@@ -3305,8 +3291,8 @@ class Scorer(nn.Module):
             return pd.DataFrame(columns=[*SCORES, "error"])
         pred = pd.concat(self.scored(images, one_each(prompts, len(images)), batches_of(
             len(images), self.args.batch_size)))
-        return add_scores(pred[[]], pred, self.scales, self.offsets,
-                          self.targets).assign(error=pred["error"])
+        return add_scores(pred[["error"]], pred, self.scales, self.offsets,
+                          self.targets)[[*SCORES, "error"]]
 
 
 def one_each(prompts, count):
@@ -3423,60 +3409,64 @@ def scores_path(args):
     return path
 
 
-def kept_rows(path, key, unit):
-    """Return the rows [*PREDICTIONS, error] that a stopped run has left, so many whole units.
+def kept_rows(path, key):
+    """Return the rows that a stopped run has left in a file of lines of JSON, one for each batch.
 
-    path: lines of JSON, below the key of what they depend on. It is written anew without a last
-    line that has no end; rows of another key go.
+    Its first line is the key of what they depend on. It is written anew, without rows of another
+    key and a last line that has no end.
     """
-    lines = []
-    if RANK == 0:
-        first, *lines = path.read_text().split("\n")[:-1] if path.is_file() else [key]
-        lines = lines[:len(lines) // unit * unit] if first == key else []
-        save_text(path, "".join(line + "\n" for line in (key, *lines)))
-    return gather([json.loads(line) for line in lines])[0]
+    first, *lines = path.read_text().split("\n")[:-1] if path.is_file() else [key]
+    lines = lines if first == key else []
+    save_text(path, "".join(line + "\n" for line in (key, *lines)))
+    return [row for line in lines for row in json.loads(line)]
 
 
-def score_rows(args, content, partial, key, paths, prompts, device):
-    """Return the rows [*PREDICTIONS, error] of all images; with a partial file they are kept there.
+def score_rows(args, content, partial, paths, prompts):
+    """Return a DataFrame of all images: PREDICTIONS and error.
 
-    It stays where a run is stopped after some rows: the same command goes on with the rest.
+    partial: the file in which a stopped run keeps its rows, so that the same command goes on with
+    the rest; None where there is none, and in all processes but one.
     """
-    done = kept_rows(partial, key, args.batch_size * WORLD) if partial else []
+    files = [(str(path), os.path.isfile(path) and os.stat(path).st_mtime_ns) for path in paths]
+    key = content_key(identity=content["identity"], state=weights_hash(content["state"]),
+                      precision=args.precision, prompts=prompts, files=files)
+    done = gather(kept_rows(partial, key) if partial else [])[0]
     if done:
         print(f"going on after {len(done)} of {len(paths)} rows in {partial}")
     try:
-        scorer = Scorer(content, args, device)
-        for rows, pred, errors in scorer.batches(paths, prompts, len(done)):
-            new = [[*scores, errors.get(row, "")]
-                   for row, scores in zip(rows, pred.to_numpy(float).tolist())]
+        scorer = Scorer(content, args, pick_device(args))
+        steps = list(deal(np.arange(len(done), len(paths)), args.batch_size))
+        scored = scorer.scored(paths, prompts, [rows for rows, _ in steps])
+        for (_, kept), pred in zip(steps, scored):
+            pred = pd.concat(gather(pred[kept > 0])).sort_index()
+            new = pred.astype(object).to_numpy().tolist()
             done += new
-            if partial and RANK == 0:
+            if partial:
                 with must_write(partial), open(partial, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in new)
+                    file.write(json.dumps(new) + "\n")
     except BaseException:
-        if partial and RANK == 0 and done:
+        if partial and done:
             print(f"{len(done)} of {len(paths)} rows are kept in {partial}: the same command goes "
                   f"on with the rest", file=sys.stderr)
-        elif partial and RANK == 0:
+        elif partial:
             partial.unlink()
         raise
-    return done
+    return pd.DataFrame(done, columns=[*PREDICTIONS, "error"])
 
 
-def judge(frame, pred, expected, saved, content):
+def judge(frame, pred, prompts, content):
     """Print metrics where there are human scores, and warn where the scores tell nothing."""
-    columns = {"q": saved.quality_column, "c": saved.consistency_column}
+    expected = {"q": pred["error"] == ""}
+    expected["c"] = expected["q"] & (pd.Series(prompts).str.strip() != "")
     for t in content["targets"]:
-        cells = cells_of(frame, columns[t])
-        mos = numbers_of(pd.Series("", frame.index) if cells is None else cells)
-        mos = (mos - content["offsets"][t]) / content["scales"][t]
-        good = np.isfinite(mos) & np.isfinite(pred[t])
-        if good.any():
-            measured = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
-            print(f"{TITLES[t]}: " + ", ".join(
-                f"{name.upper()} {measured[f'{name}_{t}']:.4f}" for name in METRICS)
-                + f" on {good.sum()} images")
+        cells = cells_of(frame, content["args"][f"{TITLES[t]}_column"])
+        if cells is not None:
+            mos = (numbers_of(cells) - content["offsets"][t]) / content["scales"][t]
+            mos = mos.where(np.isfinite(mos - pred[t]))
+            if measured := metrics(pred, {t: mos}, [t]):
+                print(f"{TITLES[t]}: " + ", ".join(
+                    f"{name.upper()} {measured[f'{name}_{t}']:.4f}" for name in METRICS)
+                    + f" on {mos.count()} images")
         values = pred[t][expected[t]]
         if lost := int((~np.isfinite(values)).sum()):
             print(f"WARNING: {TITLES[t]} is no number for {lost} of {len(values)} images: try "
@@ -3486,7 +3476,7 @@ def judge(frame, pred, expected, saved, content):
                   f"cannot tell them apart")
 
 
-def add_columns(args, frame, pred, prompts, errors, content):
+def add_columns(args, frame, pred, prompts, content):
     """Return the table to write: input, scores, error, rank_in_prompt, and keep if asked for.
 
     Ranks are by the mean of the scores on [0, 1], of quality alone where there is no prompt;
@@ -3494,12 +3484,14 @@ def add_columns(args, frame, pred, prompts, errors, content):
     """
     targets = list(content["targets"])
     for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
-        free = (name + "_input" * k for k in itertools.count(1))
-        frame = frame.rename(columns={name: next(n for n in free if n not in frame)})
+        free = name
+        while free in frame:
+            free += "_input"
+        frame = frame.rename(columns={name: free})
     frame = add_scores(frame, pred, content["scales"], content["offsets"], targets)
     mean = pred[targets].clip(0, 1).mean(axis=1).round(6)
     rank = mean.groupby(np.array(prompts, dtype=object)).rank(method="first", ascending=False)
-    frame["error"], frame["rank_in_prompt"] = errors, rank.astype("Int64")
+    frame["error"], frame["rank_in_prompt"] = pred["error"], rank.astype("Int64")
     limits = ((args.min_quality, frame.get("quality")),
               (args.min_consistency, frame.get("consistency")),
               (args.keep_top and -args.keep_top, -rank))
@@ -3516,32 +3508,24 @@ def predict(args):
     Exits with status 1 where an image could not be read; the others are scored all the same.
     """
     target = scores_path(args)
+    partial = target.with_name(f".{target.name}.partial") if target and RANK == 0 else None
     with contextlib.redirect_stdout(sys.stdout if RANK or target else sys.stderr):
         content = scoring_checkpoint(args)
-        saved = argparse.Namespace(**content["args"])
-        frame, paths, prompts, unread = scoring_frame(args, saved)
-        key = content_key(
-            identity=content["identity"], state=weights_hash(content["state"]),
-            precision=args.precision, prompts=prompts,
-            files=[(str(path), os.path.isfile(path) and os.stat(path).st_mtime_ns)
-                   for path in paths])
-        partial = target and target.with_name(f".{target.name}.partial")
-        done = score_rows(args, content, partial, key, paths, prompts, pick_device(args))
-        *columns, errors = zip(*done)
-        pred = pd.DataFrame(dict(zip(PREDICTIONS, columns)))
-        bad, told = np.array(errors) != "", np.array([text.strip() != "" for text in prompts])
-        judge(frame, pred, {"q": ~bad, "c": ~bad & told}, saved, content)
+        frame, paths, prompts, unread = scoring_frame(args, argparse.Namespace(**content["args"]))
+        pred = score_rows(args, content, partial, paths, prompts)
+        judge(frame, pred, prompts, content)
+        bad = pred["error"] != ""
         for count, what in ((bad.sum(), "images"), (len(unread), "prompts")):
             if count:
                 print(f"{count} of {len(frame)} {what} could not be read: see the column error")
-        table = add_columns(args, frame, pred, prompts, [
-            error or unread.get(row, "") for row, error in enumerate(errors)], content)
+        pred.loc[~bad, "error"] = pd.Series(unread).reindex(pred.index[~bad], fill_value="")
+        table = add_columns(args, frame, pred, prompts, content)
         text = "\ufeff" * args.excel + table.to_csv(index=False, lineterminator="\n")
         if target:
             save_text(target, text)
             print(f"{len(frame)} rows written to {target}")
-            if RANK == 0:
-                partial.unlink()
+        if partial:
+            partial.unlink()
     if not target:
         print(text, end="")
     gather(None)
