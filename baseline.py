@@ -3010,15 +3010,14 @@ def draw_curves(log, best_epoch, floors, path):
             axis.legend(fontsize=8)
 
 
-def draw_scatter(pred, frame, table, row, path):
-    """Draw predicted against human MOS of each target, on the MOS scale."""
-    with picture(path, 1, len(table.targets), (5 * len(table.targets), 4.8)) as axes:
-        for axis, t in zip(axes[0], table.targets):
-            human, ours = (to_mos(side, t, table.scales, table.offsets)
-                           for side in (frame[t], pred[t].clip(0, 1)))
-            part, ends = row["part"], (table.offsets[t], table.offsets[t] + table.scales[t])
+def draw_scatter(sides, table, row, path):
+    """Draw predicted against human MOS; sides: {target: (human, predicted)} on the MOS scale."""
+    part = row["part"]
+    with picture(path, 1, len(sides), (5 * len(sides), 4.8)) as axes:
+        for axis, (t, (human, ours)) in zip(axes[0], sides.items()):
+            ends = to_mos(np.array([0, 1]), t, table.scales, table.offsets)
             axis.scatter(human, ours, s=12, alpha=0.5, color=COLOURS[t], edgecolors="none")
-            axis.plot(ends, ends, color="black", linewidth=0.8, label="identity")
+            axis.plot(ends, ends, color="black", linewidth=0.8)
             axis.set(title=f"{TITLES[t]} ({part}): SROCC {row[f'{part}_srocc_{t}']:.3f}, "
                            f"PLCC {row[f'{part}_plcc_{t}']:.3f}", aspect="equal",
                      xlabel="human MOS ({:g} to {:g})".format(*ends), xlim=ends,
@@ -3026,25 +3025,23 @@ def draw_scatter(pred, frame, table, row, path):
             axis.grid(alpha=0.25)
 
 
-def draw_worst(pred, frame, table, path, count=6):
-    """Draw a contact sheet of the images that each target gets most wrong."""
-    targets, count = table.targets, min(count, *(frame[t].count() for t in table.targets))
-    with picture(path, len(targets), count, (2.5 * count, 3.4 * len(targets))) as axes:
-        for place, axis in enumerate(axes.flat):
-            t = targets[place // count]
-            worst = np.argsort(-np.abs(pred[t].to_numpy() - frame[t].to_numpy()))[place % count]
+def draw_worst(sides, frame, path):
+    """Draw a contact sheet of the six images that each target gets most wrong."""
+    count = min(6, *(np.isfinite(human).sum() for human, _ in sides.values()))
+    worst = [(t, row) for t, (human, ours) in sides.items()
+             for row in np.argsort(-np.abs(ours - human))[:count]]
+    with picture(path, len(sides), count, (2.5 * count, 3.4 * len(sides))) as axes:
+        for axis, (t, row) in zip(axes.flat, worst):
             try:
-                image = load_image(frame["path"].iloc[worst])
+                image = load_image(frame["path"].iloc[row])
             except ImageError:  # gone since it was cached: no reason to lose the report
                 image = Image.new("RGB", (8, 8), "grey")
             image.thumbnail((256, 256))
             axis.imshow(image)
-            human, ours = (to_mos(side.iloc[worst], t, table.scales, table.offsets)
-                           for side in (frame[t], pred[t].clip(0, 1)))
-            axis.set_title(f"{TITLES[t]}: human {human:.2f}, predicted {ours:.2f}", fontsize=7)
-            prompt = "\n".join(textwrap.wrap(frame["prompt"].iloc[worst], 26, max_lines=3,
-                                             placeholder=" .."))
-            axis.set_xlabel(prompt.replace("$", r"\$"), fontsize=8)
+            axis.set_title("{}: human {:.2f}, predicted {:.2f}".format(
+                TITLES[t], *(side[row] for side in sides[t])), fontsize=7)
+            prompt = textwrap.wrap(frame["prompt"].iloc[row], 26, max_lines=3, placeholder=" ..")
+            axis.set_xlabel("\n".join(prompt).replace("$", r"\$"), fontsize=8)
             axis.set(xticks=[], yticks=[])
 
 
@@ -3060,26 +3057,26 @@ border-bottom:1px solid #ccc}}pre{{white-space:pre-wrap;background:#f4f4f4;paddi
 
 def write_report(run, pred, row, findings):
     """Write curves.png, scatter.png, worst.png and report.html, which holds them all."""
-    args, folder = run.args, Path(run.args.output_dir)
-    frame, pictures = run.table.frame.iloc[run.parts[row["part"]]], ""
+    args, folder, table, pictures = run.args, Path(run.args.output_dir), run.table, ""
+    frame = table.frame.iloc[run.parts[row["part"]]]
+    sides = {t: [to_mos(side[t].to_numpy().clip(0, 1), t, table.scales, table.offsets)
+                 for side in (frame, pred)] for t in table.targets}
     draw_curves(run.progress["log"], row["best_epoch"], floor_metrics(run, "val"),
                 folder / "curves.png")
-    draw_scatter(pred, frame, run.table, row, folder / "scatter.png")
-    draw_worst(pred, frame, run.table, folder / "worst.png")
+    draw_scatter(sides, table, row, folder / "scatter.png")
+    draw_worst(sides, frame, folder / "worst.png")
     for name, title in (("curves", "Training"), ("scatter", "Predicted and human MOS"),
                         ("worst", "Most wrong")):
         content = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         pictures += f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{content}">'
+    typed = html.escape(f"python baseline.py {args.command}")
     lines = [html.escape(line) for line in verdict(row)] + [
-        f"<b>{html.escape(what)}</b>: {html.escape(why)}"
-        f"<pre>{html.escape(f'python baseline.py {args.command} {flags}')}</pre>"
+        f"<b>{html.escape(what)}</b>: {html.escape(why)}<pre>{typed} {html.escape(flags)}</pre>"
         for what, why, flags in findings]
-    page = PAGE.format(**row | {
-        "command": html.escape(f"python baseline.py {args.command}"), "count": len(frame),
-        "what": " and ".join(TITLES[t] for t in run.table.targets).capitalize(),
-        "split_by": split_name(args), "pictures": pictures, "lines": "".join(
-            f"<li>{line}</li>" for line in lines), "table": score_table([row]).to_html(border=0)})
-    save_text(folder / "report.html", page)
+    save_text(folder / "report.html", PAGE.format(**row | {
+        "command": typed, "count": len(frame), "split_by": split_name(args), "pictures": pictures,
+        "what": " and ".join(TITLES[t] for t in table.targets).capitalize(),
+        "lines": "<li>".join(["", *lines]), "table": score_table([row]).to_html(border=0)}))
 
 
 def write_tensorboard(run):
