@@ -2419,8 +2419,6 @@ def load_checkpoint(path):
             path = Path(huggingface_hub.snapshot_download(name.removeprefix("hf-hub:")))
         if path.is_dir():
             content = read_export(path)
-        elif not path.is_file():
-            raise ValueError("there is no file of that name")
         else:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch itself does not look at the checksums
@@ -3155,7 +3153,7 @@ def scoring_frame(args, saved):
     images/ and the training folder that has the most of them. saved: the checkpoint's arguments,
     which name the columns. Prompts are "" where there is none.
     """
-    target, errors, prompts = Path(args.predict), {}, []
+    target, given, unread, prompts = Path(args.predict), args.prompt or "", {}, []
     if target.suffix.lower() in TABLES:
         frame = read_table(target).reset_index(drop=True)
         names, texts = (cells_of(frame, c) for c in (saved.name_column, saved.prompt_column))
@@ -3167,26 +3165,27 @@ def scoring_frame(args, saved):
         places = ([Path(args.image_base_dir)] if "image_base_dir" in args.explicit else
                   [target.parent, target.parent / "images", Path(saved.image_base_dir)])
         base = max(places, key=lambda place: sum(os.path.isfile(place / n) for n in names))
-        prompts = [text if text.strip() else args.prompt or ""
-                   for text in ([""] * len(frame) if texts is None else texts)]
-        if args.prompt:
-            frame[saved.prompt_column if texts is None else texts.name] = prompts
-        return frame, [base / name for name in names], prompts, errors
-    paths = [target] if target.is_file() else folder_images(target)
+        if texts is None:
+            texts = pd.Series("", frame.index, name=saved.prompt_column)
+        prompts = texts.where(texts.str.strip() != "", given).tolist()
+        if given:
+            frame[texts.name] = prompts
+        return frame, [base / name for name in names], prompts, unread
+    base, paths = ((target.parent, [target]) if target.is_file() else
+                   (target, folder_images(target)))
     if not paths:
         raise UserError(f"--predict needs a CSV, an image or a folder of images, but there are no "
                         f"images in {target}: correct the path.")
     for row, text in enumerate(path.with_suffix(".txt") for path in paths):
         try:
             beside = text.read_text(encoding="utf-8-sig").strip() if os.path.isfile(text) else ""
-            prompts.append(beside or args.prompt or "")
+            prompts.append(beside or given)
         except (OSError, UnicodeDecodeError) as error:
-            errors[row] = f"{text.name} must be UTF-8 text that can be read: {error}"
+            unread[row] = f"{text.name} must be UTF-8 text that can be read: {error}"
             prompts.append("")
-    base = target.parent if target.is_file() else target
     names = [os.fsencode(path.relative_to(base).as_posix()).decode("utf-8", "backslashreplace")
              for path in paths]
-    return pd.DataFrame({"name": names, "prompt": prompts}), paths, prompts, errors
+    return pd.DataFrame({"name": names, "prompt": prompts}), paths, prompts, unread
 
 
 class Scorer(nn.Module):
@@ -3288,8 +3287,8 @@ class Scorer(nn.Module):
             return pd.DataFrame(columns=[*SCORES, "error"])
         pred = pd.concat(self.scored(images, one_each(prompts, len(images)), batches_of(
             len(images), self.args.batch_size)))
-        return add_scores(pred[["error"]], pred, self.scales, self.offsets,
-                          self.targets)[[*SCORES, "error"]]
+        return add_scores(pred[[]], pred, self.scales, self.offsets,
+                          self.targets).assign(error=pred["error"])
 
 
 def one_each(prompts, count):
@@ -3341,7 +3340,7 @@ Scores AI-generated images: `python baseline.py --predict IMAGES --checkpoint FO
 `baseline.load(FOLDER).score(images, prompts)`. Licence: FILL IN.
 
 - CLIP: {model} ({pretrained})
-- data: {csv}, label scales {scales}; split {split}, seed {seed}: {images}
+- data: {csv}, label scales {scales}; split {split}, seed {seed}
 - trained by `python baseline.py {command}`
 
 {scores}
@@ -3353,8 +3352,6 @@ def export(args):
     if RANK:
         return
     target, content = Path(args.export), scoring_checkpoint(args)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--export needs a new or empty folder, but {target} is none.")
     saved = argparse.Namespace(**content["args"])
     clip, tokenizer, identity = load_clip(saved, saved.seed, content)
     tensors = {"clip": clip.state_dict(), "state": content["state"]}
@@ -3379,18 +3376,17 @@ def export(args):
 
 
 def model_card(name, content, folder):
-    """Return an exported folder's README.md; folder: where the run's own records are, if known."""
-    config, row = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-                   for path in (folder / "config.json", folder / "result.json"))
+    """Return an exported folder's README.md; folder: where the run's result is, if it is known."""
+    path, epoch = folder / "result.json", content["progress"]["epoch"]
+    row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     scores = "No scores of this split and epoch lay beside the checkpoint."
-    if (row.get("split"), row.get("best_epoch")) == (content["split"],
-                                                     content["progress"]["epoch"]):
+    if (row.get("split"), row.get("best_epoch")) == (content["split"], epoch):
         row = {key: math.nan if value is None else value for key, value in row.items()}
-        lines = [f"{row['part']} part", score_table([row]).to_string(), *verdict(row)]
-        scores = "\n".join(["```", *lines, "```"])
+        images = ", ".join(f"{row[f'images_{part}']} {part}" for part in ("train", "val", "test"))
+        scores = "\n".join(["```", f"images: {images}; scores of the {row['part']} part",
+                            score_table([row]).to_string(), *verdict(row), "```"])
     return CARD.format(**content | content["args"] | content["identity"] | {
-        "name": name, "scores": scores, "csv": Path(content["args"]["data_csv_path"]).name,
-        "images": config.get("images", "") if config.get("split") == content["split"] else ""})
+        "name": name, "scores": scores, "csv": Path(content["args"]["data_csv_path"]).name})
 
 
 def scores_path(args):
@@ -3406,28 +3402,20 @@ def scores_path(args):
     return path
 
 
-def kept_rows(path, key):
-    """Return the rows that a stopped run has left in a file of lines of JSON, one for each batch.
-
-    Its first line is the key of what they depend on. It is written anew, without rows of another
-    key and a last line that has no end.
-    """
-    first, *lines = path.read_text().split("\n")[:-1] if path.is_file() else [key]
-    lines = lines if first == key else []
-    save_text(path, "".join(line + "\n" for line in (key, *lines)))
-    return [row for line in lines for row in json.loads(line)]
-
-
 def score_rows(args, content, partial, paths, prompts):
     """Return a DataFrame of all images: PREDICTIONS and error.
 
-    partial: the file in which a stopped run keeps its rows, so that the same command goes on with
-    the rest; None where there is none, and in all processes but one.
+    partial: the file that keeps a stopped run's rows, so that the same command goes on with the
+    rest: the key of what they depend on, then a line for each batch; None in all processes but one.
     """
     files = [(str(path), os.path.isfile(path) and os.stat(path).st_mtime_ns) for path in paths]
     key = content_key(identity=content["identity"], state=weights_hash(content["state"]),
                       precision=args.precision, prompts=prompts, files=files)
-    done = gather(kept_rows(partial, key) if partial else [])[0]
+    lines = partial.read_text().split("\n") if partial and partial.is_file() else [key, ""]
+    batches = lines[1:-1] if lines[0] == key else []  # the last one has no end
+    if partial:
+        save_text(partial, "".join(line + "\n" for line in (key, *batches)))
+    done = gather([row for line in batches for row in json.loads(line)])[0]
     if done:
         print(f"going on after {len(done)} of {len(paths)} rows in {partial}")
     try:
