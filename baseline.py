@@ -3098,7 +3098,6 @@ def write_tensorboard(run):
 
 SCORES = {"quality": "q", "consistency": "c", "quality_base": "q_base",
           "consistency_base": "c_base"}
-SCORE_COLUMNS = (*SCORES, "error", "rank_in_prompt", "keep")
 NEARLY_CONSTANT = 0.002  # standard deviation on [0, 1]
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # Pillow knows their names
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
@@ -3113,7 +3112,6 @@ def folder_images(folder):
     Links are followed, into each folder once. Where a suffix does not tell a picture, the first
     bytes do; a name that promises one is taken, whatever the file holds.
     """
-    Image.init()
     formats = [kind for kind in Image.OPEN if kind not in NO_PICTURES]
     suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in formats}
     telling = [kind for kind in formats if Image.OPEN[kind][1]]  # known by their first bytes
@@ -3221,8 +3219,17 @@ class Scorer(nn.Module):
             both = [towers[name].suffix(x, ids) for towers in self.towers]
         return torch.stack([both[0], both[-1]], dim=1)
 
-    def texts(self, prompts):
-        """Return (N,) index into U unique prompts, and their (U, 2, D) embeddings; blank: NaN."""
+    def texts(self, prompts, count):
+        """Return (count,) index into U unique prompts, and (U, 2, D) embeddings; blank: NaN.
+
+        prompts: one for all, one each, or None, which may also stand for one of them.
+        """
+        one = prompts is None or isinstance(prompts, str)
+        prompts = [prompts] * count if one else list(prompts)
+        if len(prompts) != count:
+            raise UserError(f"Prompts must be one, None, or one for each of the {count} images, "
+                            f"but there are {len(prompts)}: correct their number.")
+        prompts = ["" if pd.isna(text) else str(text) for text in prompts]
         index, unique = pd.factorize(np.array(prompts, dtype=object))
         texts = TextInputs(self.towers[0]["text"], self.tokenizer, self.identity, self.args,
                            self.model.pixel_mean.device, "prompts", list(unique))
@@ -3244,14 +3251,14 @@ class Scorer(nn.Module):
         """Return {"quality", "consistency", "quality_base", ..} of (B,) tensors on the MOS scale.
 
         pixels: (B, 3, H, W) in [0, 1], of any size; the scores are not clamped and differentiable.
-        prompts: one, one each, or None. Consistency is NaN where there is none.
+        prompts: see texts. Consistency is NaN where there is none.
         """
         low, high = (float(edge) for edge in pixels.detach().aminmax())
         if pixels.ndim != 4 or pixels.shape[1] != 3 or not -0.01 <= low <= high <= 1.01:
             raise UserError(f"A Scorer reads pixels (B, 3, H, W) from 0 to 1, but got "
                             f"{tuple(pixels.shape)} from {low:g} to {high:g}: see its method score "
                             f"for files, pictures and arrays.")
-        index, texts = self.texts(one_each(prompts, len(pixels)))
+        index, texts = self.texts(prompts, len(pixels))
         images = Decoder([], self.identity["preprocess"]).resize(pixels.to(texts)) * 255
         out = self.outputs(images, texts[index])
         return {name: to_mos(out[key], key[0], self.scales, self.offsets)
@@ -3262,10 +3269,9 @@ class Scorer(nn.Module):
         """Yield a DataFrame for each of several arrays of rows: PREDICTIONS, and error.
 
         On the [0, 1] scale; NaN where the image is unreadable, consistency without a prompt. All
-        prompts are embedded, whatever the steps: so the rest of a stopped run is bit for bit that
-        of a whole one.
+        prompts are embedded, so that a row has the same bits whatever the other steps are.
         """
-        index, texts = self.texts(prompts)
+        index, texts = self.texts(prompts, len(images))
         files = all(isinstance(image, (str, os.PathLike)) for image in images)
         stream = ahead(Decoder(images, self.identity["preprocess"]), steps,
                        self.args.num_workers * files)  # threads must not share an open picture
@@ -3278,26 +3284,17 @@ class Scorer(nn.Module):
     def score(self, images, prompts=None):
         """Return a DataFrame of SCORES, as --predict has them, and error, a row per image.
 
-        images: paths, PIL images or uint8 arrays (H, W, 3), or one of these; prompts: see forward.
+        images: paths, PIL images or uint8 arrays (H, W, 3), or one of these; prompts: see texts.
         """
         one = isinstance(images, (str, os.PathLike, Image.Image)) or (
             isinstance(images, np.ndarray) and images.ndim in (2, 3))
         images = [images] if one else list(images)
         if not images:
             return pd.DataFrame(columns=[*SCORES, "error"])
-        pred = pd.concat(self.scored(images, one_each(prompts, len(images)), batches_of(
-            len(images), self.args.batch_size)))
+        steps = batches_of(len(images), self.args.batch_size)
+        pred = pd.concat(self.scored(images, prompts, steps))
         return add_scores(pred[[]], pred, self.scales, self.offsets,
                           self.targets).assign(error=pred["error"])
-
-
-def one_each(prompts, count):
-    """Return `count` prompts: the one for all, those given, "" where there is none."""
-    texts = [prompts] * count if prompts is None or isinstance(prompts, str) else list(prompts)
-    if len(texts) != count:
-        raise UserError(f"Prompts must be one, None, or one for each of the {count} images, but "
-                        f"there are {len(texts)}: correct their number.")
-    return ["" if pd.isna(text) else str(text) for text in texts]
 
 
 def scoring_checkpoint(args, device=None):
@@ -3468,7 +3465,7 @@ def add_columns(args, frame, pred, prompts, content):
     equals rank in the order of their rows.
     """
     targets = list(content["targets"])
-    for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
+    for name in {*SCORES, "error", "rank_in_prompt", "keep"} & {*frame}:  # none of it is lost
         free = name
         while free in frame:
             free += "_input"
