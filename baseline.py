@@ -334,7 +334,6 @@ import re
 import shutil
 import socket
 import subprocess
-import tempfile
 import textwrap
 import threading
 import urllib.request
@@ -2368,7 +2367,7 @@ def writing(path):
             os.replace(half, path)
     finally:
         with contextlib.suppress(OSError):
-            half.unlink(missing_ok=True)
+            (shutil.rmtree if half.is_dir() else os.unlink)(half)
 
 
 def description(run):
@@ -2449,14 +2448,10 @@ def read_export(folder):
     weights = (folder / "model.safetensors").read_bytes()
     if content.get("sha256") != hashlib.sha256(weights).hexdigest():
         raise ValueError("the checksum of its model.safetensors is not that of its config.json")
-    tensors = safetensors.torch.load(weights)
-    before = {key[7:]: tensors.pop(key) for key in [*tensors] if key.startswith("before.")}
-    clip = [key for key in tensors if key.startswith("clip.")]
-    return content | {
-        "args": content["args"] | {"clip_model": f"local-dir:{folder}"},
-        "state": {key: value for key, value in sorted(tensors.items())  # they come in any order
-                  if key in before or not key.startswith("clip.")},
-        "clip": {key[5:]: before.get(key, tensors[key]) for key in clip}}
+    content["args"]["clip_model"] = f"local-dir:{folder}"
+    tensors = sorted(safetensors.torch.load(weights).items())  # they come in any order
+    return content | {part: {key.removeprefix(f"{part}."): value for key, value in tensors
+                             if key.startswith(f"{part}.")} for part in ("clip", "state")}
 
 
 def load_checkpoint(path):
@@ -2471,8 +2466,6 @@ def load_checkpoint(path):
             path = Path(huggingface_hub.snapshot_download(name.removeprefix("hf-hub:")))
         if path.is_dir():
             content = read_export(path)
-        elif not path.is_file():
-            raise ValueError("there is no file of that name")
         else:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():  # torch itself does not look at the checksums
@@ -3027,14 +3020,14 @@ def draw_curves(log, best_epoch, floors, path):
             axis.legend(fontsize=8)
 
 
-def draw_scatter(pred, frame, table, row, path):
-    """Draw predicted against human MOS of each target, on the MOS scale."""
-    with picture(path, 1, len(table.targets), (5 * len(table.targets), 4.8)) as axes:
-        for axis, t in zip(axes[0], table.targets):
-            part, ends = row["part"], table.targets[t]
-            human, ours = (to_mos(side, ends) for side in (frame[t], pred[t].clip(0, 1)))
+def draw_scatter(sides, table, row, path):
+    """Draw predicted against human MOS; sides: {target: (human, predicted)} on the MOS scale."""
+    part = row["part"]
+    with picture(path, 1, len(sides), (5 * len(sides), 4.8)) as axes:
+        for axis, (t, (human, ours)) in zip(axes[0], sides.items()):
+            ends = table.targets[t]
             axis.scatter(human, ours, s=12, alpha=0.5, color=COLOURS[t], edgecolors="none")
-            axis.plot(ends, ends, color="black", linewidth=0.8, label="identity")
+            axis.plot(ends, ends, color="black", linewidth=0.8)
             axis.set(title=f"{TITLES[t]} ({part}): SROCC {row[f'{part}_srocc_{t}']:.3f}, "
                            f"PLCC {row[f'{part}_plcc_{t}']:.3f}", aspect="equal",
                      xlabel="human MOS ({:g} to {:g})".format(*ends), xlim=ends,
@@ -3042,25 +3035,23 @@ def draw_scatter(pred, frame, table, row, path):
             axis.grid(alpha=0.25)
 
 
-def draw_worst(pred, frame, table, path, count=6):
-    """Draw a contact sheet of the images that each target gets most wrong."""
-    targets, count = list(table.targets), min(count, *(frame[t].count() for t in table.targets))
-    with picture(path, len(targets), count, (2.5 * count, 3.4 * len(targets))) as axes:
-        for place, axis in enumerate(axes.flat):
-            t = targets[place // count]
-            worst = np.argsort(-np.abs(pred[t].to_numpy() - frame[t].to_numpy()))[place % count]
+def draw_worst(sides, frame, path):
+    """Draw a contact sheet of the six images that each target gets most wrong."""
+    count = min(6, *(np.isfinite(human).sum() for human, _ in sides.values()))
+    worst = [(t, row) for t, (human, ours) in sides.items()
+             for row in np.argsort(-np.abs(ours - human))[:count]]
+    with picture(path, len(sides), count, (2.5 * count, 3.4 * len(sides))) as axes:
+        for axis, (t, row) in zip(axes.flat, worst):
             try:
-                image = load_image(frame["path"].iloc[worst])
+                image = load_image(frame["path"].iloc[row])
             except ImageError:  # gone since it was cached: no reason to lose the report
                 image = Image.new("RGB", (8, 8), "grey")
             image.thumbnail((256, 256))
             axis.imshow(image)
-            human, ours = (to_mos(side.iloc[worst], table.targets[t])
-                           for side in (frame[t], pred[t].clip(0, 1)))
-            axis.set_title(f"{TITLES[t]}: human {human:.2f}, predicted {ours:.2f}", fontsize=7)
-            prompt = "\n".join(textwrap.wrap(frame["prompt"].iloc[worst], 26, max_lines=3,
-                                             placeholder=" .."))
-            axis.set_xlabel(prompt.replace("$", r"\$"), fontsize=8)
+            axis.set_title("{}: human {:.2f}, predicted {:.2f}".format(
+                TITLES[t], *(side[row] for side in sides[t])), fontsize=7)
+            prompt = textwrap.wrap(frame["prompt"].iloc[row], 26, max_lines=3, placeholder=" ..")
+            axis.set_xlabel("\n".join(prompt).replace("$", r"\$"), fontsize=8)
             axis.set(xticks=[], yticks=[])
 
 
@@ -3076,26 +3067,26 @@ border-bottom:1px solid #ccc}}pre{{white-space:pre-wrap;background:#f4f4f4;paddi
 
 def write_report(run, pred, row, findings):
     """Write curves.png, scatter.png, worst.png and report.html, which holds them all."""
-    args, folder = run.args, Path(run.args.output_dir)
-    frame, pictures = run.table.frame.iloc[run.parts[row["part"]]], ""
+    args, folder, table, pictures = run.args, Path(run.args.output_dir), run.table, ""
+    frame = table.frame.iloc[run.parts[row["part"]]]
+    sides = {t: [to_mos(side[t].to_numpy().clip(0, 1), table.targets[t])
+                 for side in (frame, pred)] for t in table.targets}
     draw_curves(run.progress["log"], row["best_epoch"], floor_metrics(run, "val"),
                 folder / "curves.png")
-    draw_scatter(pred, frame, run.table, row, folder / "scatter.png")
-    draw_worst(pred, frame, run.table, folder / "worst.png")
+    draw_scatter(sides, table, row, folder / "scatter.png")
+    draw_worst(sides, frame, folder / "worst.png")
     for name, title in (("curves", "Training"), ("scatter", "Predicted and human MOS"),
                         ("worst", "Most wrong")):
         content = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
         pictures += f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{content}">'
+    typed = html.escape(f"python baseline.py {args.command}")
     lines = [html.escape(line) for line in verdict(row)] + [
-        f"<b>{html.escape(what)}</b>: {html.escape(why)}"
-        f"<pre>{html.escape(f'python baseline.py {args.command} {flags}')}</pre>"
+        f"<b>{html.escape(what)}</b>: {html.escape(why)}<pre>{typed} {html.escape(flags)}</pre>"
         for what, why, flags in findings]
-    page = PAGE.format(**row | {
-        "command": html.escape(f"python baseline.py {args.command}"), "count": len(frame),
-        "what": " and ".join(TITLES[t] for t in run.table.targets).capitalize(),
-        "split_by": split_name(args), "pictures": pictures, "lines": "".join(
-            f"<li>{line}</li>" for line in lines), "table": score_table([row]).to_html(border=0)})
-    save_text(folder / "report.html", page)
+    save_text(folder / "report.html", PAGE.format(**row | {
+        "command": typed, "count": len(frame), "split_by": split_name(args), "pictures": pictures,
+        "what": " and ".join(TITLES[t] for t in table.targets).capitalize(),
+        "lines": "<li>".join(["", *lines]), "table": score_table([row]).to_html(border=0)}))
 
 
 def write_tensorboard(run):
@@ -3119,7 +3110,6 @@ def write_tensorboard(run):
 
 SCORES = {"quality": "q", "consistency": "c", "quality_base": "q_base",
           "consistency_base": "c_base"}
-SCORE_COLUMNS = (*SCORES, "error", "rank_in_prompt", "keep")
 NEARLY_CONSTANT = 0.002  # standard deviation on [0, 1]
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # Pillow knows their names
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
@@ -3134,7 +3124,6 @@ def folder_images(folder):
     Links are followed, into each folder once. Where a suffix does not tell a picture, the first
     bytes do; a name that promises one is taken, whatever the file holds.
     """
-    Image.init()
     formats = [kind for kind in Image.OPEN if kind not in NO_PICTURES]
     suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in formats}
     telling = [kind for kind in formats if Image.OPEN[kind][1]]  # known by their first bytes
@@ -3174,7 +3163,7 @@ def scoring_frame(args, saved):
     images/ and the training folder that has the most of them. saved: the checkpoint's arguments,
     which name the columns. Prompts are "" where there is none.
     """
-    target, errors, prompts = Path(args.predict), {}, []
+    target, given, unread, prompts = Path(args.predict), args.prompt or "", {}, []
     if target.suffix.lower() in TABLES:
         frame = read_table(target).reset_index(drop=True)
         names, texts = (cells_of(frame, c) for c in (saved.name_column, saved.prompt_column))
@@ -3186,97 +3175,103 @@ def scoring_frame(args, saved):
         places = ([Path(args.image_base_dir)] if "image_base_dir" in args.explicit else
                   [target.parent, target.parent / "images", Path(saved.image_base_dir)])
         base = max(places, key=lambda place: sum(os.path.isfile(place / n) for n in names))
-        prompts = [text if text.strip() else args.prompt or ""
-                   for text in ([""] * len(frame) if texts is None else texts)]
-        if args.prompt:
-            frame[saved.prompt_column if texts is None else texts.name] = prompts
-        return frame, [base / name for name in names], prompts, errors
-    paths = [target] if target.is_file() else folder_images(target)
+        if texts is None:
+            texts = pd.Series("", frame.index, name=saved.prompt_column)
+        prompts = texts.where(texts.str.strip() != "", given).tolist()
+        if given:
+            frame[texts.name] = prompts
+        return frame, [base / name for name in names], prompts, unread
+    base, paths = ((target.parent, [target]) if target.is_file() else
+                   (target, folder_images(target)))
     if not paths:
         raise UserError(f"--predict needs a CSV, an image or a folder of images, but there are no "
                         f"images in {target}: correct the path.")
     for row, text in enumerate(path.with_suffix(".txt") for path in paths):
         try:
             beside = text.read_text(encoding="utf-8-sig").strip() if os.path.isfile(text) else ""
-            prompts.append(beside or args.prompt or "")
+            prompts.append(beside or given)
         except (OSError, UnicodeDecodeError) as error:
-            errors[row] = f"{text.name} must be UTF-8 text that can be read: {error}"
+            unread[row] = f"{text.name} must be UTF-8 text that can be read: {error}"
             prompts.append("")
-    base = target.parent if target.is_file() else target
     names = [os.fsencode(path.relative_to(base).as_posix()).decode("utf-8", "backslashreplace")
              for path in paths]
-    return pd.DataFrame({"name": names, "prompt": prompts}), paths, prompts, errors
+    return pd.DataFrame({"name": names, "prompt": prompts}), paths, prompts, unread
 
 
 class Scorer(nn.Module):
     """Score images as a checkpoint has learned to: files by `score`, tensors by a call.
 
-    content: of load_checkpoint; args: of the command line. before: the CLIP before training, which
-    the base's cosine needs; what is frozen is shared with the one after it.
+    content: of scoring_checkpoint; args: of the command line. The base's cosine needs the CLIP
+    before training as well, which shares what is frozen with the one after it: the last and the
+    first of `towers`, one where all is.
     """
 
     def __init__(self, content, args, device):
         super().__init__()
-        moved = {k: getattr(args, k) for k in ("clip_model", "pretrained") if k in args.explicit}
-        saved = argparse.Namespace(**content["args"] | ({} if "clip" in content else moved))
+        saved = argparse.Namespace(**content["args"])
         clip, self.tokenizer, self.identity = load_clip(saved, saved.seed, content)
-        self.before = clip if saved.freeze_clip else copy.deepcopy(clip)
-        after = make_towers(clip, self.tokenizer, saved)
-        self.towers = after, (after if saved.freeze_clip else
-                              make_towers(self.before, self.tokenizer, saved))
-        self.model = CLIPScorer(clip, after, self.identity, saved)
-        for module, twin in zip(clip.modules(), self.before.modules()):
-            for name, parameter in module.named_parameters(recurse=False):
-                if not parameter.requires_grad:
-                    setattr(twin, name, parameter)
+        shared = {id(value): value for name, value in clip.named_parameters()
+                  if f"clip.{name}" not in content["state"]}
+        self.clips = nn.ModuleList([clip] if saved.freeze_clip else
+                                   [clip, copy.deepcopy(clip, shared)])
+        self.towers = [make_towers(each, self.tokenizer, saved) for each in self.clips]
+        self.model = CLIPScorer(clip, self.towers[0], self.identity, saved)
         load_trained_state(self.model, content["state"], content["path"])
-        self.args, self.saved = argparse.Namespace(**vars(args) | {"cache": "off"}), saved
-        self.targets = content["targets"]
+        self.args, self.targets = args, content["targets"]
         self.requires_grad_(False).to(device).eval()
 
     def train(self, mode=True):
         """Stay in eval mode, whatever a model that it is part of does."""
         return super().train(False)
 
-    def texts(self, prompts, what=""):
-        """Return (N,) index into U unique prompts, (U, D) embeddings by the towers, (U, D) by those
-        before training, and (U,) which are blank.
-        """
-        device = self.model.pixel_mean.device
-        index, unique = pd.factorize(np.array(prompts, dtype=object))
-        texts = TextInputs(self.towers[0]["text"], self.tokenizer, self.identity, self.args, device,
-                           what, list(unique))
-        t0 = t = texts.embed().to(device)
-        if self.before is not self.model.clip:
-            texts.tower = self.towers[1]["text"]
-            t0 = texts.embed().to(device)
-        blank = torch.tensor([not text.strip() for text in unique], device=device)
-        return torch.from_numpy(index).to(device), t, t0, blank
+    def embed(self, name, x, ids=None):
+        """Return (B, 2, D) embeddings, after and before training, of what a tower's prefix gave."""
+        with autocast(self.args, x.device):
+            both = [towers[name].suffix(x, ids) for towers in self.towers]
+        return torch.stack([both[0], both[-1]], dim=1)
 
-    def outputs(self, images, index, t, t0, blank):
-        """Return PREDICTIONS of (B, 3, H, W) images, 0 to 255, and their prompts: see texts."""
-        with autocast(self.args, t.device):
+    def texts(self, prompts, count):
+        """Return (count,) index into U unique prompts, and (U, 2, D) embeddings; blank: NaN.
+
+        prompts: one for all, one each, or None, which may also stand for one of them.
+        """
+        one = prompts is None or isinstance(prompts, str)
+        prompts = [prompts] * count if one else list(prompts)
+        if len(prompts) != count:
+            raise UserError(f"Prompts must be one, None, or one for each of the {count} images, "
+                            f"but there are {len(prompts)}: correct their number.")
+        prompts = ["" if pd.isna(text) else str(text) for text in prompts]
+        index, unique = pd.factorize(np.array(prompts, dtype=object))
+        texts = TextInputs(self.towers[0]["text"], self.tokenizer, self.identity, self.args,
+                           self.model.pixel_mean.device, "prompts", list(unique))
+        batches = batches_of(len(unique), 64)
+        both = torch.cat([self.embed("text", *text[:2]) for text in progress_bar(
+            texts.stream(batches), "prompts", len(batches))])
+        both[[not text.strip() for text in unique]] = math.nan
+        return torch.from_numpy(index).to(both.device), both
+
+    def outputs(self, images, texts):
+        """Return CLIPScorer.score of (B, 3, H, W) images, 0 to 255, and (B, 2, D) of `texts`."""
+        with autocast(self.args, images.device):
             x = self.towers[0]["image"].prefix(self.model.pixels(images))
-            f, f0 = (towers["image"].suffix(x) for towers in self.towers)
-        with torch.autocast(t.device.type, enabled=False):
-            out = self.model.score(f, t[index], (f0 * t0[index]).sum(-1))
-        return {name: out[name].masked_fill(blank[index] & (name[0] == "c"), math.nan)
-                for name in PREDICTIONS}
+        (f, f0), (t, t0) = (both.unbind(1) for both in (self.embed("image", x), texts))
+        with torch.autocast(images.device.type, enabled=False):
+            return self.model.score(f, t, (f0 * t0).sum(-1))
 
     def forward(self, pixels, prompts=None):
         """Return {"quality", "consistency", "quality_base", ..} of (B,) tensors on the MOS scale.
 
         pixels: (B, 3, H, W) in [0, 1], of any size; the scores are not clamped and differentiable.
-        prompts: one, one each, or None. Consistency is NaN where there is none.
+        prompts: see texts. Consistency is NaN where there is none.
         """
         low, high = (float(edge) for edge in pixels.detach().aminmax())
         if pixels.ndim != 4 or pixels.shape[1] != 3 or not -0.01 <= low <= high <= 1.01:
             raise UserError(f"A Scorer reads pixels (B, 3, H, W) from 0 to 1, but got "
                             f"{tuple(pixels.shape)} from {low:g} to {high:g}: see its method score "
                             f"for files, pictures and arrays.")
-        index, *texts = self.texts(one_each(prompts, len(pixels)))
-        images = Decoder([], self.identity["preprocess"]).resize(pixels.to(texts[0])) * 255
-        out = self.outputs(images, index, *texts)
+        index, texts = self.texts(prompts, len(pixels))
+        images = Decoder([], self.identity["preprocess"]).resize(pixels.to(texts)) * 255
+        out = self.outputs(images, texts[index])
         return {name: to_mos(out[key], self.targets[key[0]])
                 for name, key in SCORES.items() if key[0] in self.targets}
 
@@ -3284,53 +3279,50 @@ class Scorer(nn.Module):
     def scored(self, images, prompts, steps):
         """Yield a DataFrame for each of several arrays of rows: PREDICTIONS, and error.
 
-        On the [0, 1] scale; NaN where the image is unreadable, consistency without a prompt.
+        On the [0, 1] scale; NaN where the image is unreadable, consistency without a prompt. All
+        prompts are embedded, so that a row has the same bits whatever the other steps are.
         """
-        index, *texts = self.texts(prompts, "prompts")
+        index, texts = self.texts(prompts, len(images))
         files = all(isinstance(image, (str, os.PathLike)) for image in images)
         stream = ahead(Decoder(images, self.identity["preprocess"]), steps,
                        self.args.num_workers * files)  # threads must not share an open picture
         for rows, (pixels, errors) in progress_bar(zip(steps, stream), "score", len(steps)):
-            out = self.outputs(pixels.to(index.device), index[rows], *texts)
+            out = self.outputs(pixels.to(texts.device), texts[index[rows]])
             pred = pd.DataFrame({name: out[name].cpu() for name in PREDICTIONS}, rows)
             pred.loc[list(errors)] = np.nan
             yield pred.assign(error=[errors.get(row, "") for row in rows])
 
-    def batches(self, images, prompts, start=0):
-        """Yield (rows, DataFrame of PREDICTIONS, {row: why unreadable}) of all batches from a row.
-
-        The processes of torchrun share each batch, and all of them get the whole. All prompts are
-        embedded, whatever the first row is: so the rest is bit for bit that of a whole run.
-        """
-        steps = list(deal(np.arange(start, len(images)), self.args.batch_size))
-        scored = self.scored(images, prompts, [rows for rows, _ in steps])
-        for (_, kept), pred in zip(steps, scored):
-            pred = pd.concat(gather(pred[kept > 0])).sort_index()
-            error = pred.pop("error")
-            yield pred.index.to_numpy(), pred, error[error != ""].to_dict()
-
     def score(self, images, prompts=None):
         """Return a DataFrame of SCORES, as --predict has them, and error, a row per image.
 
-        images: paths, PIL images or uint8 arrays (H, W, 3), or one of these; prompts: see forward.
+        images: paths, PIL images or uint8 arrays (H, W, 3), or one of these; prompts: see texts.
         """
         one = isinstance(images, (str, os.PathLike, Image.Image)) or (
             isinstance(images, np.ndarray) and images.ndim in (2, 3))
         images = [images] if one else list(images)
         if not images:
             return pd.DataFrame(columns=[*SCORES, "error"])
-        pred = pd.concat(self.scored(images, one_each(prompts, len(images)), batches_of(
-            len(images), self.args.batch_size)))
+        steps = batches_of(len(images), self.args.batch_size)
+        pred = pd.concat(self.scored(images, prompts, steps))
         return add_scores(pred[[]], pred, self.targets).assign(error=pred["error"])
 
 
-def one_each(prompts, count):
-    """Return `count` prompts: the one for all, those given, "" where there is none."""
-    texts = [prompts] * count if prompts is None or isinstance(prompts, str) else list(prompts)
-    if len(texts) != count:
-        raise UserError(f"Prompts must be one, None, or one for each of the {count} images, but "
-                        f"there are {len(texts)}: correct their number.")
-    return ["" if pd.isna(text) else str(text) for text in texts]
+def scoring_checkpoint(args, device=None):
+    """Return the content of --checkpoint, its columns and its CLIP's place as named by the flags.
+
+    args.precision becomes the checkpoint's, unless it is named, and fits the device.
+    """
+    content = load_checkpoint(args.checkpoint)
+    places = ("clip_model", "pretrained") if "clip" not in content else ()
+    content["args"] |= {name: getattr(args, name) for name in args.explicit
+                        if name.endswith("_column") or name in ("precision", *places)}
+    args.precision = content["args"]["precision"]
+    settle_precision(args, device)
+    for t in set(TARGETS) - set(content["targets"]):
+        if getattr(args, f"min_{TITLES[t]}") is not None:
+            raise UserError(f"{args.checkpoint} gives no {TITLES[t]}, for it had no such scores to "
+                            f"train on: drop --min_{TITLES[t]}.")
+    return content
 
 
 def load(path, device=None, **flags):
@@ -3340,11 +3332,10 @@ def load(path, device=None, **flags):
     heeds: batch_size, num_workers, precision, clip_model, pretrained.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    args, content = parse_args([f"--{k}={v}" for k, v in flags.items()]), load_checkpoint(path)
-    args.precision = flags.get("precision", content["args"]["precision"])
-    settle_precision(args, device)
+    args = parse_args([f"--{k}={v}" for k, v in flags.items()])
+    args.checkpoint = path
     with torch.random.fork_rng([]):
-        return Scorer(content, args, device)
+        return Scorer(scoring_checkpoint(args, device), args, device)
 
 
 CARD = """---
@@ -3356,7 +3347,7 @@ Scores AI-generated images: `python baseline.py --predict IMAGES --checkpoint FO
 `baseline.load(FOLDER).score(images, prompts)`. Licence: FILL IN.
 
 - CLIP: {model} ({pretrained})
-- data: {csv}, label scales {targets}; split {split}, seed {seed}: {images}
+- data: {csv}, label scales {targets}; split {split}, seed {seed}
 - trained by `python baseline.py {command}`
 
 {scores}
@@ -3367,58 +3358,42 @@ def export(args):
     """Write --checkpoint as a folder that needs no other file (see read_export), or nothing."""
     if RANK:
         return
-    target, content = Path(args.export), load_checkpoint(args.checkpoint)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--export needs a new or empty folder, but {target} is none.")
-    scorer = Scorer(content, args, torch.device("cpu"))
-    first = scorer.before.state_dict(prefix="clip.")
-    tensors = scorer.model.state_dict() | {
-        f"before.{key}": first[key] for key in first if key in content["state"]}
-    weights = safetensors.torch.save({key: value.clone(memory_format=torch.contiguous_format)
-                                      for key, value in tensors.items()})
-    plain = content.keys() - {"state", "clip", "optimizer", "scaler", "path"}
-    model = open_clip.get_model_config(scorer.saved.clip_model)
+    target, content = Path(args.export), scoring_checkpoint(args)
+    saved = argparse.Namespace(**content["args"])
+    clip, tokenizer, identity = load_clip(saved, saved.seed, content)
+    tensors = {"clip": clip.state_dict(), "state": content["state"]}
+    weights = safetensors.torch.save({
+        f"{part}.{key}": value.clone(memory_format=torch.contiguous_format)
+        for part in tensors for key, value in tensors[part].items()})
+    plain = content.keys() - {*tensors, "optimizer", "scaler", "path"}
+    model = open_clip.get_model_config(saved.clip_model) | {"quick_gelu": identity["quick_gelu"]}
     files = {"README.md": model_card(target.name, content, Path(args.checkpoint).parent),
              "config.json": json_text({key: content[key] for key in sorted(plain)} | {
                  "sha256": hashlib.sha256(weights).hexdigest()}),
              "open_clip_config.json": json_text({
-                 "model_cfg": model | {"quick_gelu": scorer.identity["quick_gelu"]},
-                 "preprocess_cfg": scorer.identity["preprocess"]})}
-    with must_write(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            half = Path(folder, target.name)
-            half.mkdir()
-            (half / "model.safetensors").write_bytes(weights)
-            for name, text in files.items():
-                (half / name).write_text(text, encoding="utf-8")
-            if hasattr(scorer.tokenizer, "save_pretrained"):  # open_clip's own needs no files
-                scorer.tokenizer.save_pretrained(half)
-            os.replace(half, target)
+                 "model_cfg": model, "preprocess_cfg": identity["preprocess"]})}
+    with writing(target) as half:
+        half.mkdir()
+        (half / "model.safetensors").write_bytes(weights)
+        for name, text in files.items():
+            (half / name).write_text(text, encoding="utf-8")
+        if hasattr(tokenizer, "save_pretrained"):  # open_clip's own needs no files
+            tokenizer.save_pretrained(half)
     print(f"{target} holds all that scoring needs: give it as --checkpoint or to baseline.load")
 
 
 def model_card(name, content, folder):
-    """Return an exported folder's README.md; folder: where the run's own records are, if known."""
-    config, row = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-                   for path in (folder / "config.json", folder / "result.json"))
+    """Return an exported folder's README.md; folder: where the run's result is, if it is known."""
+    path, epoch = folder / "result.json", content["progress"]["epoch"]
+    row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     scores = "No scores of this split and epoch lay beside the checkpoint."
-    if (row.get("split"), row.get("best_epoch")) == (content["split"],
-                                                     content["progress"]["epoch"]):
+    if (row.get("split"), row.get("best_epoch")) == (content["split"], epoch):
         row = {key: math.nan if value is None else value for key, value in row.items()}
-        lines = [f"{row['part']} part", score_table([row]).to_string(), *verdict(row)]
-        scores = "\n".join(["```", *lines, "```"])
+        images = ", ".join(f"{row[f'images_{part}']} {part}" for part in ("train", "val", "test"))
+        scores = "\n".join(["```", f"images: {images}; scores of the {row['part']} part",
+                            score_table([row]).to_string(), *verdict(row), "```"])
     return CARD.format(**content | content["args"] | content["identity"] | {
-        "name": name, "scores": scores, "csv": Path(content["args"]["data_csv_path"]).name,
-        "images": config.get("images", "") if config.get("split") == content["split"] else ""})
-
-
-def refuse_untrained_limits(args, targets):
-    """Raise UserError where --min_quality or --min_consistency is of no trained target."""
-    for t in TARGETS:
-        if t not in targets and getattr(args, f"min_{TITLES[t]}") is not None:
-            raise UserError(f"{args.checkpoint} gives no {TITLES[t]}, for it had no such scores to "
-                            f"train on: drop --min_{TITLES[t]}.")
+        "name": name, "scores": scores, "csv": Path(content["args"]["data_csv_path"]).name})
 
 
 def scores_path(args):
@@ -3434,60 +3409,56 @@ def scores_path(args):
     return path
 
 
-def kept_rows(path, key, unit):
-    """Return the rows [*PREDICTIONS, error] that a stopped run has left, so many whole units.
+def score_rows(args, content, partial, paths, prompts):
+    """Return a DataFrame of all images: PREDICTIONS and error.
 
-    path: lines of JSON, below the key of what they depend on. It is written anew without a last
-    line that has no end; rows of another key go.
+    partial: the file that keeps a stopped run's rows, so that the same command goes on with the
+    rest: the key of what they depend on, then a line for each batch; None in all processes but one.
     """
-    lines = []
-    if RANK == 0:
-        first, *lines = path.read_text().split("\n")[:-1] if path.is_file() else [key]
-        lines = lines[:len(lines) // unit * unit] if first == key else []
-        save_text(path, "".join(line + "\n" for line in (key, *lines)))
-    return gather([json.loads(line) for line in lines])[0]
-
-
-def score_rows(args, content, partial, key, paths, prompts, device):
-    """Return the rows [*PREDICTIONS, error] of all images; with a partial file they are kept there.
-
-    It stays where a run is stopped after some rows: the same command goes on with the rest.
-    """
-    done = kept_rows(partial, key, args.batch_size * WORLD) if partial else []
+    files = [(str(path), os.path.isfile(path) and os.stat(path).st_mtime_ns) for path in paths]
+    key = content_key(identity=content["identity"], state=weights_hash(content["state"]),
+                      precision=args.precision, prompts=prompts, files=files)
+    lines = partial.read_text().split("\n") if partial and partial.is_file() else [key, ""]
+    batches = lines[1:-1] if lines[0] == key else []  # the last one has no end
+    if partial:
+        save_text(partial, "".join(line + "\n" for line in (key, *batches)))
+    done = gather([row for line in batches for row in json.loads(line)])[0]
     if done:
         print(f"going on after {len(done)} of {len(paths)} rows in {partial}")
     try:
-        scorer = Scorer(content, args, device)
-        for rows, pred, errors in scorer.batches(paths, prompts, len(done)):
-            new = [[*scores, errors.get(row, "")]
-                   for row, scores in zip(rows, pred.to_numpy(float).tolist())]
+        scorer = Scorer(content, args, pick_device(args))
+        steps = list(deal(np.arange(len(done), len(paths)), args.batch_size))
+        scored = scorer.scored(paths, prompts, [rows for rows, _ in steps])
+        for (_, kept), pred in zip(steps, scored):
+            pred = pd.concat(gather(pred[kept > 0])).sort_index()
+            new = pred.astype(object).to_numpy().tolist()
             done += new
-            if partial and RANK == 0:
+            if partial:
                 with must_write(partial), open(partial, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in new)
+                    file.write(json.dumps(new) + "\n")
     except BaseException:
-        if partial and RANK == 0 and done:
+        if partial and done:
             print(f"{len(done)} of {len(paths)} rows are kept in {partial}: the same command goes "
                   f"on with the rest", file=sys.stderr)
-        elif partial and RANK == 0:
+        elif partial:
             partial.unlink()
         raise
-    return done
+    return pd.DataFrame(done, columns=[*PREDICTIONS, "error"])
 
 
-def judge(frame, pred, expected, saved, content):
+def judge(frame, pred, prompts, content):
     """Print metrics where there are human scores, and warn where the scores tell nothing."""
-    columns = {"q": saved.quality_column, "c": saved.consistency_column}
+    expected = {"q": pred["error"] == ""}
+    expected["c"] = expected["q"] & (pd.Series(prompts).str.strip() != "")
     for t, (low, high) in content["targets"].items():
-        cells = cells_of(frame, columns[t])
-        mos = numbers_of(pd.Series("", frame.index) if cells is None else cells)
-        mos = (mos - low) / (high - low)
-        good = np.isfinite(mos) & np.isfinite(pred[t])
-        if good.any():
-            measured = metrics({t: pred[t][good]}, {t: mos[good]}, [t])
-            print(f"{TITLES[t]}: " + ", ".join(
-                f"{name.upper()} {measured[f'{name}_{t}']:.4f}" for name in METRICS)
-                + f" on {good.sum()} images")
+        cells = cells_of(frame, content["args"][f"{TITLES[t]}_column"])
+        if cells is not None:
+            mos = (numbers_of(cells) - low) / (high - low)
+            mos = mos.where(np.isfinite(mos - pred[t]))
+            if measured := metrics(pred, {t: mos}, [t]):
+                print(f"{TITLES[t]}: " + ", ".join(
+                    f"{name.upper()} {measured[f'{name}_{t}']:.4f}" for name in METRICS)
+                    + f" on {mos.count()} images")
         values = pred[t][expected[t]]
         if lost := int((~np.isfinite(values)).sum()):
             print(f"WARNING: {TITLES[t]} is no number for {lost} of {len(values)} images: try "
@@ -3497,19 +3468,21 @@ def judge(frame, pred, expected, saved, content):
                   f"cannot tell them apart")
 
 
-def add_columns(args, frame, pred, prompts, errors, content):
+def add_columns(args, frame, pred, prompts, content):
     """Return the table to write: input, scores, error, rank_in_prompt, and keep if asked for.
 
     Ranks are by the mean of the scores on [0, 1], of quality alone where there is no prompt;
     equals rank in the order of their rows.
     """
-    for name in [name for name in SCORE_COLUMNS if name in frame]:  # none of it is lost
-        free = (name + "_input" * k for k in itertools.count(1))
-        frame = frame.rename(columns={name: next(n for n in free if n not in frame)})
+    for name in {*SCORES, "error", "rank_in_prompt", "keep"} & {*frame}:  # none of it is lost
+        free = name
+        while free in frame:
+            free += "_input"
+        frame = frame.rename(columns={name: free})
     frame = add_scores(frame, pred, content["targets"])
     mean = pred[list(content["targets"])].clip(0, 1).mean(axis=1).round(6)
     rank = mean.groupby(np.array(prompts, dtype=object)).rank(method="first", ascending=False)
-    frame["error"], frame["rank_in_prompt"] = errors, rank.astype("Int64")
+    frame["error"], frame["rank_in_prompt"] = pred["error"], rank.astype("Int64")
     limits = ((args.min_quality, frame.get("quality")),
               (args.min_consistency, frame.get("consistency")),
               (args.keep_top and -args.keep_top, -rank))
@@ -3526,37 +3499,24 @@ def predict(args):
     Exits with status 1 where an image could not be read; the others are scored all the same.
     """
     target = scores_path(args)
+    partial = target.with_name(f".{target.name}.partial") if target and RANK == 0 else None
     with contextlib.redirect_stdout(sys.stdout if RANK or target else sys.stderr):
-        content = load_checkpoint(args.checkpoint)
-        named = {flag for flag in args.explicit if flag.endswith("_column")}
-        saved = argparse.Namespace(**content["args"] | {k: getattr(args, k) for k in named})
-        refuse_untrained_limits(args, content["targets"])
-        frame, paths, prompts, unread = scoring_frame(args, saved)
-        if "precision" not in args.explicit:
-            args.precision = saved.precision
-        settle_precision(args)
-        key = content_key(
-            identity=content["identity"], state=weights_hash(content["state"]),
-            precision=args.precision, prompts=prompts,
-            files=[(str(path), os.path.isfile(path) and os.stat(path).st_mtime_ns)
-                   for path in paths])
-        partial = target and target.with_name(f".{target.name}.partial")
-        done = score_rows(args, content, partial, key, paths, prompts, pick_device(args))
-        *columns, errors = zip(*done)
-        pred = pd.DataFrame(dict(zip(PREDICTIONS, columns)))
-        bad, told = np.array(errors) != "", np.array([text.strip() != "" for text in prompts])
-        judge(frame, pred, {"q": ~bad, "c": ~bad & told}, saved, content)
+        content = scoring_checkpoint(args)
+        frame, paths, prompts, unread = scoring_frame(args, argparse.Namespace(**content["args"]))
+        pred = score_rows(args, content, partial, paths, prompts)
+        judge(frame, pred, prompts, content)
+        bad = pred["error"] != ""
         for count, what in ((bad.sum(), "images"), (len(unread), "prompts")):
             if count:
                 print(f"{count} of {len(frame)} {what} could not be read: see the column error")
-        table = add_columns(args, frame, pred, prompts, [
-            error or unread.get(row, "") for row, error in enumerate(errors)], content)
+        pred.loc[~bad, "error"] = pd.Series(unread).reindex(pred.index[~bad], fill_value="")
+        table = add_columns(args, frame, pred, prompts, content)
         text = "\ufeff" * args.excel + table.to_csv(index=False, lineterminator="\n")
         if target:
             save_text(target, text)
             print(f"{len(frame)} rows written to {target}")
-            if RANK == 0:
-                partial.unlink()
+        if partial:
+            partial.unlink()
     if not target:
         print(text, end="")
     gather(None)

@@ -165,10 +165,7 @@ class Limit:
 
     def __init__(self, run):
         self.run, self.batches = run, []
-        views = epoch_batches(run)
-        for batch, x in zip(views, run.images.stream(views)):
-            rows = torch.from_numpy(batch.row)
-            text = run.texts.read(run.table.frame["prompt_id"].to_numpy()[batch.row])
+        for rows, x, text in baseline.inputs(run, epoch_batches(run)):
             self.batches.append(((x.clone(), *text, run.s0[rows]),
                                  {target: run.mos[target][rows] for target in baseline.TARGETS}))
 

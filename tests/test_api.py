@@ -215,14 +215,15 @@ def test_what_an_export_holds(own, data, tmp_path, capsys, monkeypatch):
     tensors = load_file(out / "model.safetensors")
     order = list(baseline.load_checkpoint(out)["state"])  # what a stopped scoring is known by
     assert order == sorted(state)
-    assert same_tensors({key: tensors[key] for key in state}, state)
+    assert same_tensors({key: tensors[f"state.{key}"] for key in state}, state)
     first = load_file(clip / "open_clip_model.safetensors")
     trained = {key for key in state if key.startswith("clip.visual.")}
-    assert trained and all(torch.equal(tensors[f"before.{k}"], first[k[5:]]) for k in trained)
+    assert trained and all(torch.equal(tensors[key], first[key[5:]]) for key in trained)
+    assert len(tensors) == len(first) + len(state)
     card, row = (out / "README.md").read_text(), baseline.json.loads(
         (checkpoint.parent / "result.json").read_text())
     for said in (f"{row['val_srocc_q']:.4f}", f"{row['linear_probe_srocc_c']:.4f}", "license",
-                 row["split"], "data.csv", "'train'"):
+                 row["split"], "data.csv", f"images: {row['images_train']} train"):
         assert said in card
     again = tmp_path / "again"  # from the folder itself: the same weights, no scores beside it
     monkeypatch.setattr(baseline.huggingface_hub, "snapshot_download", {"me/mine": str(out)}.get)
@@ -239,8 +240,9 @@ def test_an_export_is_whole_or_not_there(own, tmp_path, capsys):
     assert list(out.parent.iterdir()) == []
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "note").write_text("mine")
-    for used in (tmp_path / "used", tmp_path / "used" / "note"):
-        assert "new or empty" in refused(capsys, *command, used)
+    for used, why in (("used", "Directory not empty"), ("used/note", "Not a directory")):
+        said = refused(capsys, *command, tmp_path / used)
+        assert f"{tmp_path / used} must be" in said and why in said and "another folder" in said
     assert (tmp_path / "used" / "note").read_text() == "mine"
     assert "--export" in refused(capsys, *command, out, "--predict", tmp_path)
     baseline.main([*map(str, command), str(out)])

@@ -542,7 +542,7 @@ def test_a_stopped_run_goes_on(score, trained, data, tmp_path, monkeypatch, capf
     """Stopped twice, the scores are those of one run, bit for bit; a half line is dropped."""
     whole = score(data.csv, "--batch_size", 5).path.read_bytes()
     partial = tmp_path / ".s.csv.partial"
-    real, words = baseline.Scorer.batches, [
+    real, words = baseline.Scorer.scored, [
         "--predict", str(data.csv), "--checkpoint", str(trained() / "baseline_best.pt"),
         "--predictions_csv", str(tmp_path / "s.csv"), "--num_workers", "0", "--batch_size", "5"]
     for stops, want in ((2, 10), (3, 25)):
@@ -550,7 +550,7 @@ def test_a_stopped_run_goes_on(score, trained, data, tmp_path, monkeypatch, capf
             yield from itertools.islice(real(*args), stops)
             raise KeyboardInterrupt
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-            patch.setattr(baseline.Scorer, "batches", stopped)
+            patch.setattr(baseline.Scorer, "scored", stopped)
             baseline.main(words)
         assert f"{want} of 36 rows are kept in {partial}" in capfd.readouterr().err
         with open(partial, "a") as file:
