@@ -1,6 +1,7 @@
 """Tiny data, tiny random CLIPs and an in-process way to run the program, for every test file."""
 
 import csv
+import functools
 import json
 import os
 import resource
@@ -27,6 +28,26 @@ COLUMNS = ["name", "prompt", "mos_quality", "mos_align", "explanation"]
 VISION = {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3}
 EMBED_DIM = 24
+# A tiny run draws its intervals for longer than it trains; the program draws DRAWS.
+(DRAWS,), baseline.bootstrap.__defaults__ = baseline.bootstrap.__defaults__, (50,)
+
+
+@functools.cache
+def vocabulary(make, *args, **options):
+    """Return what open_clip's tokenizer holds: its vocabulary takes as long as a tiny epoch."""
+    tokenizer = object.__new__(open_clip.SimpleTokenizer)
+    make(tokenizer, *args, **options)
+    return vars(tokenizer)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_vocabulary():
+    """Read the tokenizer's vocabulary once for all tests of this process."""
+    real = open_clip.SimpleTokenizer.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip.SimpleTokenizer, "__init__", lambda self, *args, **options:
+                      vars(self).update(vocabulary(real, *args, **options)))
+        yield
 
 
 @pytest.hookimpl(wrapper=True)
@@ -37,6 +58,13 @@ def pytest_runtest_call(item):
         return (yield)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each process half of the files, so that what a file's tests share is made once."""
+    from xdist.scheduler import WorkStealingScheduling
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 def write_csv(path, rows, columns=COLUMNS, **options):
