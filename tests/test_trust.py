@@ -9,8 +9,9 @@ import open_clip
 import pytest
 import scipy.stats
 import torch
-from conftest import DRAWS, read_csv, read_json, write_csv
+from conftest import read_csv, read_json, write_csv
 from PIL import Image
+from starter import DRAWS
 
 import baseline
 
