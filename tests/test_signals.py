@@ -164,7 +164,6 @@ LATE = [("half written", 1, "val_predictions.csv"), ("half written", 1, "result.
 PATIENT = ["--early_stopping_patience", 9, "--early_stopping_min_delta", 2]  # ends in epoch 9
 KILLED = {"frozen, patient": ["--freeze_clip", "--scheduler", "step", *PATIENT],
           "partial": [*PARTIAL, "--scheduler", "linear", "--grad_accum_steps", 2],
-          "partial, patient": [*PARTIAL, "--scheduler", "constant", *PATIENT],
           "full": ["--grad_accum_steps", 2, "--augment", "crop"]}
 
 
