@@ -2,8 +2,11 @@
 
 import csv
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import resource
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # nothing here is large enough to share; `-
 import numpy as np
 import open_clip
 import pytest
+import starter
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -27,6 +31,8 @@ COLUMNS = ["name", "prompt", "mos_quality", "mos_align", "explanation"]
 VISION = {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3}
 EMBED_DIM = 24
+SOON = 20  # seconds that a stopped program may take on a busy machine
+LONG = 120  # seconds that it may take to start, or to train a tiny run
 
 
 @pytest.hookimpl(wrapper=True)
@@ -37,6 +43,13 @@ def pytest_runtest_call(item):
         return (yield)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give each process half of the files, so that what a file's tests share is made once."""
+    from xdist.scheduler import WorkStealingScheduling
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 def write_csv(path, rows, columns=COLUMNS, **options):
@@ -189,6 +202,61 @@ def refused(flags, capsys):
         assert "Traceback" not in said
         return said
     return run
+
+
+class Program:
+    """A run of the program in a process and a session of its own; see starter.py."""
+
+    def __init__(self, context, folder, argv, tamper):
+        self.files = [folder / "out", folder / "err"]
+        for file in self.files:
+            file.touch()
+        self.process = context.Process(target=starter.run, args=(argv, self.files, tamper))
+        self.process.start()
+
+    @property
+    def said(self):
+        """All that was printed so far: the output, the errors."""
+        return [file.read_text(encoding="utf-8") for file in self.files]
+
+    def stop_at(self, text, number, group=False):
+        """Wait for a text, send a signal (to the group: as a terminal does); return the status."""
+        end = time.monotonic() + LONG
+        while text not in self.said[0]:
+            assert self.process.is_alive() and time.monotonic() < end, (text, self.said)
+            time.sleep(0.01)
+        (os.killpg if group else os.kill)(self.process.pid, number)
+        return self.finish(SOON)
+
+    def finish(self, timeout=LONG):
+        """Wait for the end; returns the status, negative if a signal killed it."""
+        self.process.join(timeout)
+        return self.process.exitcode
+
+
+@pytest.fixture(scope="session")
+def context():
+    """What forks a process that has imported the program."""
+    context, here = multiprocessing.get_context("forkserver"), Path(__file__).parent
+    context.set_forkserver_preload(["starter"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{here}{os.pathsep}{here.parent}")
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def start(context, tmp_path_factory):
+    """Start the program; tamper: see starter.py. What runs at the end of the test is killed."""
+    programs = []
+
+    def run(argv, *tamper):
+        programs.append(Program(context, tmp_path_factory.mktemp("said"), argv, tamper))
+        return programs[-1]
+    yield run
+    for program in programs:
+        program.process.kill()
+        program.finish()
 
 
 def decoded(run, rows):

@@ -4,16 +4,38 @@ That is multiprocessing's fork server. It has computed nothing, so that its fork
 process would; `run` is what they do. tamper: a function below and its arguments.
 """
 
+import functools
 import itertools
 import os
+import runpy
 import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
 
+import open_clip
 import torch
 
 import baseline
+
+# Most of a tiny run were its intervals; the program draws DRAWS, which test_trust.py tests.
+(DRAWS,), baseline.bootstrap.__defaults__ = baseline.bootstrap.__defaults__, (50,)
+
+
+def read_vocabulary_once(real=open_clip.SimpleTokenizer.__init__):
+    """Let all tokenizers of open_clip share their vocabulary, which takes an epoch to be read."""
+    @functools.cache
+    def content(*args, **options):
+        first = SimpleNamespace()
+        real(first, *args, **options)
+        return vars(first)
+    open_clip.SimpleTokenizer.__init__ = (
+        lambda self, *args, **options: vars(self).update(content(*args, **options)))
+
+
+read_vocabulary_once()
+open_clip.get_tokenizer("ViT-B-32")  # before any fork
 
 PLACES = {  # where it can be struck: (owner, function, which argument is the file)
     "update": (baseline, "update", 0), "evaluation": (baseline, "evaluate", 0),
@@ -78,6 +100,17 @@ def strike_later(number, seconds):
         real(run)
         time.sleep(60)  # it is struck here at the latest
     baseline.fit = fit
+
+
+def script(environment):
+    """Run the program's file as a script, with all that it reads of its environment at first."""
+    def main(argv):
+        sys.argv = [baseline.__file__, *map(str, argv)]
+        runpy.run_path(baseline.__file__, run_name="__main__")
+    os.environ.update(environment)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=environment.get("PYTHONIOENCODING"))
+    baseline.main = main
 
 
 def run(argv, files, tamper):

@@ -19,7 +19,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import read_json, same_tensors, write_clip
+from conftest import LONG, read_json, same_tensors, write_clip
 from safetensors.torch import load_file
 
 import baseline
@@ -54,24 +54,22 @@ def test_an_older_python_is_told_what_it_needs():
     {"WORLD_SIZE": "4"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "four", "RANK": ""},
     {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
     {"LOCAL_RANK": "3"}, {name: "" for name in baseline.TORCHRUN}])
-def test_half_a_launcher_is_none(flags, tmp_path, environment):
+def test_half_a_launcher_is_none(start, flags, tmp_path, environment):
     """What a cluster sets of torchrun's variables, unless it is all: one run, alone, to its end."""
-    done = subprocess.run([sys.executable, PROGRAM, *flags("--freeze_clip", "--epochs", 1)],
-                          capture_output=True, text=True, env={**ALONE, **environment}, check=False)
-    assert done.returncode == 0, done.stderr
+    program = start(flags("--freeze_clip", "--epochs", 1), "script", environment)
+    assert program.finish() == 0, program.said
     assert (tmp_path / "out" / "baseline_last.pt").exists()
     several = environment.get("WORLD_SIZE") not in (None, "")
-    assert ("WARNING: going on alone" in done.stdout) is several
+    assert ("WARNING: going on alone" in program.said[0]) is several
 
 
-def test_a_process_that_finds_no_others_says_so(flags):
+def test_a_process_that_finds_no_others_says_so(start, flags):
     """All of torchrun's variables by hand, but nobody there: one error, no traceback."""
     numbers = dict(zip(baseline.TORCHRUN, ("1", "2", "1", "2", "nowhere")))
     assert started("pass", **numbers).returncode == 0  # no whole number: alone
-    done = subprocess.run([sys.executable, PROGRAM, *flags()], capture_output=True, text=True,
-                          env={**ALONE, **numbers, "MASTER_PORT": "29555"}, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "MASTER_ADDR" in done.stderr and "torchrun" in done.stderr
+    program = start(flags(), "script", numbers | {"MASTER_PORT": "29555"})
+    assert program.finish() == 2 and "Traceback" not in program.said[1]
+    assert "MASTER_ADDR" in program.said[1] and "torchrun" in program.said[1]
 
 
 @pytest.mark.parametrize("error", [TypeError, OSError, AttributeError])
@@ -134,14 +132,15 @@ def test_a_missing_package_is_one_error_before_any_weights(refused, monkeypatch,
     assert "pip install transformers" in refused(clip=folder)
 
 
-@pytest.mark.parametrize("number", [np.float64(1e-3), np.float32(2), np.int64(3), np.bool_(True)])
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_checkpoint_of_open_clip_loads(flags, clips, tmp_path, number, old, prefix):
+def test_a_checkpoint_of_open_clip_loads(flags, clips, tmp_path, old, prefix):
     """Weights beside an optimiser with NumPy's numbers, of NumPy 1 or 2, with DDP's prefix."""
     state = load_file(clips() / FILE)
+    numbers = np.float64(1e-3), np.float32(2), np.int64(3), np.bool_(True)
     torch.save({"epoch": 3, "name": "x", "state_dict": {prefix + k: v for k, v in state.items()},
-                "optimizer": {"param_groups": [{"lr": number}]}}, tmp_path / "epoch_3.pt")
+                "optimizer": {"param_groups": [{"lr": number} for number in numbers]}},
+               tmp_path / "epoch_3.pt")
     if old:  # the same file, as NumPy 1 names it: in a pickle of another length
         with zipfile.ZipFile(tmp_path / "epoch_3.pt") as archive:
             files = {name: archive.read(name) for name in archive.namelist()}
@@ -164,18 +163,14 @@ def test_a_torchscript_archive_says_what_to_give_instead(refused, tmp_path):
 
 
 @pytest.fixture
-def long_run(flags, tmp_path):
+def long_run(start, flags, tmp_path):
     """Start a run that does not end, in a process of its own; returns it when it trains."""
-    process = subprocess.Popen(
-        [sys.executable, PROGRAM, *flags("--freeze_clip", "--epochs", 100_000)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ALONE)
-    until = time.monotonic() + 120
+    program = start(flags("--freeze_clip", "--epochs", 100_000))
+    until = time.monotonic() + LONG
     while not (tmp_path / "out" / "baseline_last.pt").exists():
-        assert process.poll() is None and time.monotonic() < until
+        assert program.process.is_alive() and time.monotonic() < until
         time.sleep(0.1)
-    yield process
-    process.kill()
-    process.wait()
+    return program.process
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -187,10 +182,10 @@ def test_a_folder_belongs_to_one_run_at_a_time(long_run, refused, train, tmp_pat
         said = refused("--freeze_clip", *more)
         assert f"Another run is writing to {tmp_path / 'out'}" in said and "--output_dir" in said
     assert (tmp_path / "out" / "config.json").read_bytes() == config
-    assert not (tmp_path / "out" / "archive").exists() and long_run.poll() is None
+    assert not (tmp_path / "out" / "archive").exists() and long_run.is_alive()
     assert train("--freeze_clip", out="other").row["best_epoch"] >= 0
-    long_run.send_signal(number)
-    long_run.wait()
+    os.kill(long_run.pid, number)
+    long_run.join()
     half = tmp_path / "out" / f".baseline_last.pt.{long_run.pid}.half"
     half.write_bytes(b"of a killed run")
     row = train("--freeze_clip").row

@@ -6,8 +6,6 @@ import itertools
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -591,19 +589,20 @@ def test_scores_that_tell_nothing_are_warned_of(score, trained, data, tmp_path, 
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "gbk", "ascii"])
-def test_a_terminal_that_cannot_show_it(score, trained, data, tmp_path, encoding):
+def test_a_terminal_that_cannot_show_it(start, trained, data, tmp_path, encoding):
     """What stdout cannot show is escaped; the CSV there is UTF-8 all the same."""
     folder = tmp_path / "猫 é 🎨"
     folder.mkdir()
     shutil.copy(data.images / data.rows[0]["name"], os.fsencode(folder) + b"/\xe9\xff.png")
-    command = [sys.executable, baseline.__file__, "--predict", folder, "--prompt", "猫 é 🎨",
-               "--checkpoint", trained() / "baseline_best.pt", "--num_workers", "0"]
+    argv = ["--predict", folder, "--prompt", "猫 é 🎨", "--checkpoint",
+            trained() / "baseline_best.pt", "--num_workers", "0", "--predictions_csv"]
     for name in (folder / "🎨.csv", "-"):
-        done = subprocess.run([*command, "--predictions_csv", name], capture_output=True,
-                              env=os.environ | {"PYTHONIOENCODING": encoding}, check=False)
-        assert (done.returncode, done.stderr) == (0, b"" if name != "-" else done.stderr)
-        csv = done.stdout if name == "-" else name.read_bytes()
+        program = start([*argv, name], "script", {"PYTHONIOENCODING": encoding})
+        assert program.finish() == 0
+        out, err = (file.read_bytes() for file in program.files)
+        csv = out if name == "-" else name.read_bytes()
         assert b"\\xe9\\xff.png" in csv and "猫 é 🎨" in csv.decode("utf-8")
+        assert name == "-" or err == b""
 
 
 def test_a_line_a_minute_without_a_terminal(monkeypatch, capsys):

@@ -1,7 +1,5 @@
 """A run that is stopped or killed, at any moment, goes on to the same weights, bit for bit."""
 
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import random
 import re
@@ -15,72 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
-import starter
 import torch
-from conftest import load, read_csv, read_json, same_tensors
+from conftest import SOON, load, read_csv, read_json, same_tensors
 
 import baseline
 
 PROGRAM = str(Path(baseline.__file__).resolve())
 PARTIAL = ["--partial_freeze", "--freeze_layers", 2]
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-SOON = 20  # seconds that a stopped program may take on a busy machine
-LONG = 120  # seconds that it may take to start, or to train a tiny run
-
-
-class Program:
-    """A run of the program in a process and a session of its own; see starter.py."""
-
-    def __init__(self, context, folder, argv, tamper):
-        self.files = [folder / "out", folder / "err"]
-        for file in self.files:
-            file.touch()
-        self.process = context.Process(target=starter.run, args=(argv, self.files, tamper))
-        self.process.start()
-
-    @property
-    def said(self):
-        """All that was printed so far: the output, the errors."""
-        return [file.read_text(encoding="utf-8") for file in self.files]
-
-    def stop_at(self, text, number, group=False):
-        """Wait for a text, send a signal (to the group: as a terminal does); return the status."""
-        end = time.monotonic() + LONG
-        while text not in self.said[0]:
-            assert self.process.is_alive() and time.monotonic() < end, (text, self.said)
-            time.sleep(0.01)
-        (os.killpg if group else os.kill)(self.process.pid, number)
-        return self.finish(SOON)
-
-    def finish(self, timeout=LONG):
-        """Wait for the end; returns the status, negative if a signal killed it."""
-        self.process.join(timeout)
-        return self.process.exitcode
-
-
-@pytest.fixture(scope="module")
-def context():
-    """What forks a process that has imported the program."""
-    context, here = multiprocessing.get_context("forkserver"), Path(__file__).parent
-    context.set_forkserver_preload(["starter"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{here}{os.pathsep}{here.parent}")
-        multiprocessing.forkserver.ensure_running()
-    return context
-
-
-@pytest.fixture
-def start(context, tmp_path_factory):
-    """Start the program; tamper: see starter.py. What runs at the end of the test is killed."""
-    programs = []
-
-    def run(argv, *tamper):
-        programs.append(Program(context, tmp_path_factory.mktemp("said"), argv, tamper))
-        return programs[-1]
-    yield run
-    for program in programs:
-        program.process.kill()
-        program.finish()
 
 
 def to_go_on(out):
@@ -224,7 +164,6 @@ LATE = [("half written", 1, "val_predictions.csv"), ("half written", 1, "result.
 PATIENT = ["--early_stopping_patience", 9, "--early_stopping_min_delta", 2]  # ends in epoch 9
 KILLED = {"frozen, patient": ["--freeze_clip", "--scheduler", "step", *PATIENT],
           "partial": [*PARTIAL, "--scheduler", "linear", "--grad_accum_steps", 2],
-          "partial, patient": [*PARTIAL, "--scheduler", "constant", *PATIENT],
           "full": ["--grad_accum_steps", 2, "--augment", "crop"]}
 
 

@@ -245,9 +245,9 @@ def test_training_losses_equal_recomputed_ones(build):
     pred, found = baseline.evaluate(run, "train")
     views = baseline.plan_views(pred.index.to_numpy())
     with torch.no_grad():
-        out = baseline.forward(run, run.scorer, views, next(run.images.stream([views])))
+        out = baseline.forward(run, run.scorer, *next(baseline.inputs(run, [views])))
     ids = run.table.frame["explanation_id"].to_numpy()[views.row]
-    cosine = torch.cosine_similarity(out["explanation"][ids >= 0], run.teacher[ids[ids >= 0]])
+    cosine = torch.cosine_similarity(out["explanation"][ids >= 0], run.teacher[views.row[ids >= 0]])
     want = {f"loss_{t}": found[f"rmse_{t}"] ** 2 for t in "qc"}
     want["loss_exp"] = float((1 - cosine).mean())
     want["loss"] = 0.3 * want["loss_q"] + 0.6 * want["loss_c"] + 0.2 * want["loss_exp"]

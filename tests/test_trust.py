@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 from conftest import read_csv, read_json, write_csv
 from PIL import Image
+from starter import DRAWS
 
 import baseline
 
@@ -226,8 +227,8 @@ def test_the_bootstrap_draws_prompts_and_the_same_for_all():
     for name, copies, groups in (("single", 1, np.arange(60)), ("images", 8, np.arange(480)),
                                  ("clusters", 8, np.repeat(np.arange(60), 8))):
         pred, m = np.repeat([0.7 * mos + noise, mos], copies, axis=1)
-        draws = baseline.bootstrap({"a": pred, "same order": 2 * pred + 1}, m, groups)
-        assert np.allclose(draws["a"], draws["same order"])
+        draws = baseline.bootstrap({"a": pred, "same order": 2 * pred + 1}, m, groups, DRAWS)
+        assert len(draws) == 1000 and np.allclose(draws["a"], draws["same order"])
         srocc, (low, high) = scipy.stats.spearmanr(pred, m)[0], ends(draws["a"])
         assert low < srocc < high
         width[name] = high - low
