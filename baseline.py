@@ -349,6 +349,8 @@ import numpy as np
 import open_clip
 import pandas as pd
 import safetensors.torch
+import scipy.optimize
+import scipy.special
 import scipy.stats
 import timm
 import torch
@@ -1294,6 +1296,23 @@ def metrics(pred, mos, targets=TARGETS):
     return measured
 
 
+def plcc_fit(pred, mos):
+    """Return the Pearson correlation after the field's 4-parameter logistic of the predictions.
+
+    As VQEG's final report (2000) fits it: to these very scores, so it is at least the raw one where
+    the fit succeeds; NaN where it does not. pred, mos: (n,).
+    """
+    def logistic(x, top, bottom, middle, width):
+        return bottom + (top - bottom) * scipy.special.expit((x - middle) / width)
+    first = mos.max(), mos.min(), pred.mean(), pred.std() + 1e-9
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            best = scipy.optimize.curve_fit(logistic, pred, mos, first, maxfev=10_000)[0]
+    except (RuntimeError, TypeError, ValueError):  # no fit, too few images, or NaN
+        return math.nan
+    return correlation(scipy.stats.pearsonr, logistic(pred, *best), mos)
+
+
 def selection_score(values, args):
     """Return the SROCC that picks the best epoch; the mean is over the targets with a weight.
 
@@ -1574,7 +1593,8 @@ def set_up(args, table, seed, content=None):
     teacher = None
     if args.use_explanations:
         teacher = texts_of("explanations", table.explanations).embed()
-        teacher = teacher[table.frame["explanation_id"].clip(lower=0).to_numpy(copy=True)].to(device)
+        rows = table.frame["explanation_id"].clip(lower=0).to_numpy(copy=True)
+        teacher = teacher[rows].to(device)
     antonyms = texts_of("antonyms", ["Good photo.", "Bad photo."]).embed()
     images = ImageInputs(scorer, table, key, args, device)
     texts = texts_of("prompts", table.prompts, keep=True)
@@ -2600,7 +2620,9 @@ def print_setup(args, table, parts, scorer, device):
     by, groups, prompts = split_name(args), table.frame["group_id"], sum(map(bool, table.prompts))
     counts = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items() if len(rows))
     print(f"data: {len(groups)} images, {prompts} prompts, split by {by}: {counts}; label scales "
-          + ", ".join(f"{t.upper()} {high:g}" for t, (_, high) in table.targets.items()))
+          + ", ".join(f"{t.upper()} {ends[1]:g} (largest MOS "
+                      f"{to_mos(float(table.frame[t].max()), ends):.4g})"
+                      for t, ends in table.targets.items()))
     if by == "prompt" and groups.max() >= 0.9 * len(groups):
         print(f"nearly every prompt is unique ({prompts} prompts, {len(groups)} images), so this "
               f"is nearly a split by image: --group_column names what else must stay together")
@@ -2681,7 +2703,7 @@ def results(run):
            "split": split_hash(run), "part": judged, "best_epoch": run.progress["best_epoch"],
            "epochs_run": run.progress["epoch"], "output_dir": args.output_dir,
            "checkpoint": str(best)}
-    measured = floor_metrics(run, judged)
+    measured, start = floor_metrics(run, judged), floor_metrics(run, "val")["start"]
     for part, rows in run.parts.items():
         row[f"images_{part}"] = len(rows)
         if len(rows):
@@ -2692,8 +2714,11 @@ def results(run):
         pred = preds[judged][frame[t].iloc[run.parts[judged]].notna().to_numpy()]
         srocc, rows = row[f"val_srocc_{t}"], pred.index.to_numpy()
         gap = row[f"train_srocc_{t}"] - srocc
-        row |= {f"gap_{t}": gap, f"tier_{t}": next((
-            name for name, low, high in TIERS[t] if srocc > low and gap < high), "needs work")}
+        epochs = [start[f"srocc_{t}"], *(epoch[f"val_srocc_{t}"] for epoch in run.progress["log"])]
+        row |= {f"gap_{t}": gap, f"best_epoch_{t}": int(np.argmax(np.nan_to_num(epochs, nan=-2))),
+                f"plcc_fit_{t}": plcc_fit(pred[t].to_numpy(), frame[t].to_numpy()[rows]),
+                f"tier_{t}": next((name for name, low, high in TIERS[t]
+                                   if srocc > low and gap < high), "needs work")}
         if not args.no_residual_learning:
             size = pred[f"{t}_delta"].abs()
             row |= {f"saturated_{t}": float((size > SATURATED).mean()),
@@ -2738,9 +2763,13 @@ def verdict(row):
     for name, title in FLOORS.items():
         gains = [f"{t.upper()} {gain(key)}" for t in TARGETS if (key := f"gain_{name}_{t}") in row]
         lines += [f"gain over {title}, paired, {how}: {', '.join(gains)}"] if gains else []
+    if row["part"] == "val":
+        lines += ["optimistic: validation picked the epoch as well; --test_ratio 0.2 sets aside a "
+                  "part that it does not see"]
     return lines + [
         f"{TITLES[t]}: 95 % interval of SROCC {interval(f'interval_{t}', '.3f')}, validation SROCC "
-        f"{row[f'val_srocc_{t}']:.4f}, Train-Val Gap {row[f'gap_{t}']:+.4f}, tier {row[key]}"
+        f"{row[f'val_srocc_{t}']:.4f}, best epoch of its own {row[f'best_epoch_{t}']}, Train-Val "
+        f"Gap {row[f'gap_{t}']:+.4f}, tier {row[key]}"
         for t in TARGETS if (key := f"tier_{t}") in row]
 
 
@@ -2894,6 +2923,7 @@ def settings_advice(args, images, depth, targets=TARGETS):
     low, high = LR_RANGES[mode]
     small, large = next((a, b) for limit, a, b in SCALE_BY_IMAGES if images < limit)
     scales = {f"residual_scale_{t}": getattr(args, f"residual_scale_{t}") for t in targets}
+    rates = [args.step_lr_gamma ** (k // args.step_lr_step_size) for k in range(args.epochs)]
     rows = [
         ("learning rate outside the usual range", not low * 0.999 <= args.lr <= high * 1.001,
          f"lr {args.lr:g}, but a {mode} CLIP usually wants {low:g} to {high:g}",
@@ -2902,6 +2932,11 @@ def settings_advice(args, images, depth, targets=TARGETS):
          and not small / 2 <= min(scales.values()) <= max(scales.values()) <= 2 * large,
          f"scales {' and '.join(f'{scale:g}' for scale in scales.values())}, but {images} training "
          f"images usually want {small:g}", " ".join(f"--{name} {small:g}" for name in scales)),
+        ("steps that end the learning early", args.scheduler == "step"
+         and args.step_lr_gamma ** ((args.epochs - 1) // args.step_lr_step_size) < 0.01,
+         f"{sum(rates[:args.step_lr_step_size]) / sum(rates):.0%} of the learning rates' sum is in "
+         f"the first {args.step_lr_step_size} of {args.epochs} epochs, before the first decay",
+         f"--step_lr_step_size {-(-args.epochs // 3)}"),
         ("freeze_layers unusual for this tower", mode == "partial" and depth >= 12
          and not depth / 2 <= args.freeze_layers <= depth * 11 / 12,
          f"{args.freeze_layers} of {depth} blocks are frozen; two thirds to five sixths are usual",
@@ -2944,13 +2979,12 @@ def training_advice(args, log, row, depth):
     rows = [
         ("overfitting", over, f"{gap} (above 0.05 needs work); best epoch {best} of "
          f"{last['epoch']}, in the last one training SROCC is {fitted:+.3f} from validation",
-         remedy(args, {"dropout": 0.2, "weight_decay": 5e-4} | blocks, small | less)
+         remedy(args, {"dropout": 0.2} | blocks, small | less)
          + " --partial_freeze" * bool(blocks and not partial)),
         ("underfitting", not over and weak and widest < 0.02 and best == last["epoch"],
          f"validation SROCC {scores} still rise in the last epoch, {gap}",
          remedy(args, large | {"lr": min(5e-3, args.lr * 2) if frozen else 5e-5},
-                {"dropout": 0.05, "weight_decay": 1e-5,  # of a partly frozen tower fewer blocks
-                 "freeze_layers": max(1, round(depth * 16 / 24))})),
+                {"dropout": 0.05, "freeze_layers": max(1, round(depth * 16 / 24))})),  # if partial
         ("unstable loss", rise > 1.2, f"training loss rose {rise:.1f}-fold in epoch {epoch}",
          remedy(args, {"warmup_ratio": 0.1},
                 {"max_grad_norm": 0.5, "lr": third, "batch_size": 16}))]

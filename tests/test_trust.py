@@ -239,6 +239,32 @@ def test_the_bootstrap_draws_prompts_and_the_same_for_all():
     assert baseline.bootstrap({"a": noise}, mos, np.zeros(60)).isna().all(axis=None)  # no spread
 
 
+def test_the_fitted_plcc_straightens_a_logistic_and_is_told_beside_the_raw_one(train):
+    """Scores that are a logistic of the MOS fit it exactly, falling ones as well; a few do not."""
+    mos = np.linspace(0.05, 0.95, 50)
+    for sign in (1, -1):
+        pred = 0.3 + 0.02 * sign * np.log(mos / (1 - mos))  # the MOS is a logistic of these
+        assert abs(np.corrcoef(pred, mos)[0, 1]) < 0.99
+        assert baseline.plcc_fit(pred, mos) == pytest.approx(1, abs=1e-4)
+    assert math.isnan(baseline.plcc_fit(mos[:3], mos[:3]))
+    assert math.isnan(baseline.plcc_fit(np.full(50, 0.5), mos))
+    row = train("--freeze_clip", "--val_ratio", 0.4, "--lr", 1e-2).row
+    assert -1 <= row["plcc_fit_q"] <= 1 and row["plcc_fit_q"] >= row["val_plcc_q"] - 0.02
+
+
+def test_a_table_without_a_test_part_says_that_it_is_optimistic(train, capsys):
+    """One with a test part does not; each target's own best epoch stands beside it."""
+    run = train("--freeze_clip", "--lr", 1e-2, "--epochs", 3)
+    assert "optimistic" in capsys.readouterr().out
+    log = read_csv(run.folder / "training_log.csv")
+    for t in "qc":
+        best = max([(float(row[f"val_srocc_{t}"]), -int(row["epoch"])) for row in log])
+        start = run.row[f"start_srocc_{t}"]  # of the validation part, which is the judged one
+        assert run.row[f"best_epoch_{t}"] == (0 if start >= best[0] else -best[1])
+    train("--freeze_clip", "--epochs", 1, "--test_ratio", 0.25, out="tested")
+    assert "optimistic" not in capsys.readouterr().out
+
+
 # --- repeats --------------------------------------------------------------------------------
 
 REPEATS = ["--freeze_clip", "--lr", 1e-2, "--repeats", 2, "--epochs", 2]
