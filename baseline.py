@@ -209,6 +209,7 @@ def build_parser():
     add("--step_lr_gamma", type=positive, default=0.1, help="factor per decay of step")
     add("--seed", type=whole, default=42, help="seed of split, heads and order")
     add("--repeats", type=positive_int, default=1, help="runs on splits seed, seed+1, ..")
+    add("--tune", **on, help="run the card's five stages of tuning, and test the winner once")
 
     add = parser.add_argument_group("regularisation and selection").add_argument
     add("--max_grad_norm", type=number(0), default=1.0, help="gradient clipping norm; 0: off")
@@ -341,7 +342,7 @@ import warnings
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import filelock
 import huggingface_hub
@@ -1313,14 +1314,19 @@ def plcc_fit(pred, mos):
     return correlation(scipy.stats.pearsonr, logistic(pred, *best), mos)
 
 
+def selected(args, targets):
+    """Return those of some targets whose SROCC picks the best epoch: all that have a weight."""
+    return [t for t in targets if args.select_by == TITLES[t]
+            or (args.select_by == "mean" and getattr(args, f"w_{t}"))]
+
+
 def selection_score(values, args):
     """Return the SROCC that picks the best epoch; the mean is over the targets with a weight.
 
     An undefined one counts as -1, the worst, beside another one; -inf if all are undefined.
     """
-    chosen = {"quality": "q", "consistency": "c",
-              "mean": [t for t in TARGETS if getattr(args, f"w_{t}")]}[args.select_by]
-    sroccs = np.array([values[f"srocc_{t}"] for t in chosen if f"srocc_{t}" in values])
+    sroccs = np.array([values[f"srocc_{t}"] for t in selected(args, TARGETS)
+                       if f"srocc_{t}" in values], float)
     return -math.inf if np.isnan(sroccs).all() else float(np.nan_to_num(sroccs, nan=-1).mean())
 
 
@@ -1618,17 +1624,10 @@ def train_one_run(args, table, seed, content=None):
     write_config(run)
     if content is not None:
         resume(run, content)
-    try:
-        fit(run)
-        preds, row = results(run)
-        row["seconds"] = round(time.perf_counter() - began, 1)
-        keep_records(run, preds, row)
-    except KeyboardInterrupt:
-        last = Path(args.output_dir, "baseline_last.pt")
-        again = (f"--resume_from {shlex.quote(str(last))}"
-                 if args.repeats == 1 and last.exists() else args.command)
-        print(f"\nstopped; go on with: python baseline.py {again}")
-        raise
+    fit(run)
+    preds, row = results(run)
+    row["seconds"] = round(time.perf_counter() - began, 1)
+    keep_records(run, preds, row)
     return row
 
 
@@ -1642,13 +1641,19 @@ def train(args):
     if len(set(gather(fingerprint(args, table)))) > 1:
         raise UserError("All processes must see the same data with the same flags, but they do "
                         "not: copy the CSV to every machine and give the same command on each.")
+    several, last = args.tune or args.repeats > 1, Path(args.output_dir, "baseline_last.pt")
     with locked(args.output_dir):
-        if args.repeats > 1:
-            return train_repeats(args, table)
-        if not (content and os.path.samefile(Path(args.resume_from).parent, args.output_dir)):
-            archive_old_run(args)
-        row = train_one_run(args, table, content["seed"] if content else args.seed, content)
-        append_run(args, row)
+        try:
+            if several:
+                return (tune if args.tune else train_repeats)(args, table)
+            if not (content and os.path.samefile(Path(args.resume_from).parent, args.output_dir)):
+                archive_old_run(args)
+            row = train_one_run(args, table, content["seed"] if content else args.seed, content)
+            append_run(args, row)
+        except KeyboardInterrupt:
+            print("\nstopped; go on with: python baseline.py", args.command
+                  if several or not last.exists() else f"--resume_from {shlex.quote(str(last))}")
+            raise
     return row
 
 
@@ -2598,8 +2603,8 @@ def quiet_library():
 # --- results and records --------------------------------------------------------------------
 
 TITLES = {"q": "quality", "c": "consistency"}
-FLOORS = {"start": "start", "linear_probe": "linear probe", "zero_shot": "zero-shot",
-          "prompt_mean": "prompt mean (no pixels)"}
+FLOORS = {"baseline": "the flow's baseline", "start": "start", "linear_probe": "linear probe",
+          "zero_shot": "zero-shot", "prompt_mean": "prompt mean (no pixels)"}
 SHOWN = ("srocc_q", "plcc_q", "srocc_c", "plcc_c")
 SATURATED = 0.95  # |tanh(delta)| above this is at its bound
 
@@ -2702,6 +2707,7 @@ def results(run):
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": args.command, "seed": run.seed,
            "split": split_hash(run), "part": judged, "best_epoch": run.progress["best_epoch"],
            "epochs_run": run.progress["epoch"], "output_dir": args.output_dir,
+           "blocks": len(run.scorer.towers["image"].blocks),
            "checkpoint": str(best)}
     measured, start = floor_metrics(run, judged), floor_metrics(run, "val")["start"]
     for part, rows in run.parts.items():
@@ -2776,9 +2782,8 @@ def verdict(row):
 def keep_records(run, preds, row):
     """Print and write what a finished run leaves; row["advice"] gets the names of what fired."""
     args, folder, table = run.args, Path(run.args.output_dir), run.table
-    depth = len(run.scorer.towers["image"].blocks)
-    before = settings_advice(args, len(run.parts["train"]), depth, table.targets)
-    findings = training_advice(args, run.progress["log"], row, depth)
+    before = settings_advice(args, len(run.parts["train"]), row["blocks"], table.targets)
+    findings = training_advice(args, run.progress["log"], row)
     row["advice"] = [what for what, *_ in before + findings]
     print(f"\n{row['part']}, best epoch {row['best_epoch']}")
     print(score_table([row]).to_string(), *verdict(row), sep="\n")
@@ -2807,6 +2812,12 @@ def json_text(value, indent=1):
     """Return JSON; NaN and infinities, which it does not have, become null."""
     plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return json.dumps(plain, indent=indent)
+
+
+def read_row(path):
+    """Return a row of results from its JSON, in which NaN is null."""
+    row = json.loads(Path(path).read_text(encoding="utf-8"))
+    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def append_run(args, row):
@@ -2846,7 +2857,8 @@ def archive_old_run(args):
     names = ["baseline_best.pt", "baseline_last.pt", "config.json", "result.json", "curves.png",
              "scatter.png", "worst.png", "report.html", "tensorboard", "skipped.csv",
              "val_predictions.csv", "test_predictions.csv", args.log_csv]
-    old = [*filter(Path.exists, map(folder.joinpath, names)), *folder.glob("repeat_*")]
+    old = [*filter(Path.exists, map(folder.joinpath, names)), *folder.glob("repeat_*"),
+           *folder.glob("tuning*")]
     if RANK == 0 and old:
         target = folder / "archive" / time.strftime("%Y%m%d-%H%M%S")
         while target.exists():
@@ -2868,12 +2880,10 @@ def split_margin(sd, splits, ratio):
     return scipy.stats.t.ppf(0.975, splits - 1) * math.sqrt(1 / splits + ratio) * sd
 
 
-def train_repeats(args, table):
-    """Train on several splits; a repeat that was finished before is kept, one that began goes on.
+def train_splits(args, table):
+    """Train on --repeats splits; one that was finished before is kept, one that began goes on.
 
-    Returns {"repeats": rows, "mean", "sd": by the rows' keys, "gain_<floor>_<target>": mean of the
-    paired differences over splits, .._low, .._high: its 95 % interval, see split_margin}. With a
-    split column the seeds alone differ: then there is no interval.
+    Returns their rows of results; each has its folder in the output_dir.
     """
     rows, known = [], {json.loads(path.read_text())["fingerprint"]
                        for path in Path(args.output_dir).glob("repeat_*/config.json")}
@@ -2888,8 +2898,19 @@ def train_repeats(args, table):
             options = argparse.Namespace(**vars(args) | {
                 "output_dir": str(folder), "resume_from": str(last) if begun else None})
             train_one_run(options, table, seed, load_checkpoint(last) if begun else None)
-        rows += gather(json.loads(done.read_text()) if RANK == 0 else None)[:1]
+        rows += gather(read_row(done) if RANK == 0 else None)[:1]
         append_run(args, rows[-1])  # where a kill came before it
+    return rows
+
+
+def train_repeats(args, table):
+    """Train on several splits, see train_splits, and say what they have in common.
+
+    Returns {"repeats": rows, "mean", "sd": by the rows' keys, "gain_<floor>_<target>": mean of the
+    paired differences over splits, .._low, .._high: its 95 % interval, see split_margin}. With a
+    split column the seeds alone differ: then there is no interval.
+    """
+    rows = train_splits(args, table)
     frame, part = pd.DataFrame(rows), rows[0]["part"]
     numbers = frame.filter(regex="^(?!tier).*_[qc]$").astype(float)
     mean, sd, gains = numbers.mean(), numbers.std(), numbers.filter(regex="^gain_").columns
@@ -2904,6 +2925,178 @@ def train_repeats(args, table):
     print(score_table(rows).to_string(), *verdict(result), sep="\n")
     save_text(Path(args.output_dir, "result.json"), json_text(result))
     return result
+
+
+# --- tuning flow ----------------------------------------------------------------------------
+
+STAGES = ("learning rate", "freeze depth", "residual scale", "remedies")  # behind the baseline
+
+
+@dataclass
+class Candidate:
+    """One setting of the tuning flow: flags behind the user's command, and what came of them."""
+
+    stage: str
+    flags: str
+    args: argparse.Namespace
+    rows: list  # of results, one for each split
+    spread: float = math.nan  # half the 95 % interval of its gain over the best one before
+    kept: str = ""
+
+    def scores(self):
+        """Return what picks the best epoch, of the validation part of each split."""
+        return np.array([selection_score({name[4:]: value for name, value in row.items()
+                                          if name[:4] == "val_"}, self.args) for row in self.rows])
+
+
+def stage_flags(stage, best):
+    """Return the flags that a stage of the card tries on the best candidate; [] has none."""
+    args, row = best.args, best.rows[0]
+    if stage == "learning rate":
+        return [f"--lr {args.lr * factor:.2g}" for factor in (1 / 3, 5 / 3)]
+    if stage == "freeze depth":
+        depths = {round(row["blocks"] * blocks / 24) for blocks in (16, 18, 20)}
+        return [f"--freeze_layers {depth}" for depth in sorted(depths - {0, args.freeze_layers})
+                if args.partial_freeze]
+    if stage == "residual scale":
+        return [f"--residual_scale_q {scale} --residual_scale_c {scale}" for scale in (0.15, 0.25)
+                if not args.no_residual_learning
+                and (scale, scale) != (args.residual_scale_q, args.residual_scale_c)]
+    log = pd.read_csv(Path(row["output_dir"], args.log_csv)).to_dict("records")
+    return [flags for _, _, flags in training_advice(args, log, row) if flags.strip()]
+
+
+def paired_gains(new, old, table):
+    """Return a DataFrame (draws, targets): how far new's SROCC is above old's, by bootstrap.
+
+    new, old: predictions of the same rows, one DataFrame for each split, whose mean it is.
+    """
+    gains = 0
+    for a, b in zip(new, old):
+        frame, drawn = table.frame.iloc[a.index], {}
+        for t in table.targets:
+            known = frame[t].notna().to_numpy()
+            draws = bootstrap({"new": a[t][known], "old": b[t][known]}, frame[t][known],
+                              frame["group_id"][known].to_numpy())
+            drawn[t] = draws["new"] - draws["old"]
+        gains += pd.DataFrame(drawn) / len(new)
+    return gains
+
+
+def gain_margin(new, old, table):
+    """Return half the 95 % interval of the gain in validation scores of one Candidate over another.
+
+    Over several splits see split_margin; else by bootstrap over prompts.
+    """
+    if len(new.rows) > 1 and not new.args.split_column:
+        ratio = new.rows[0]["images_val"] / new.rows[0]["images_train"]
+        return split_margin((new.scores() - old.scores()).std(ddof=1), len(new.rows), ratio)
+    names, preds = pd.Index(table.frame["name"]), []
+    for row in (*new.rows, *old.rows):
+        pred = pd.read_csv(Path(row["output_dir"], "val_predictions.csv"), dtype={"name": str})
+        preds.append(pred.set_index(names.get_indexer(pred["name"])).rename(
+            columns={title: t for t, title in TITLES.items()}))
+    gains = paired_gains(preds[:len(new.rows)], preds[len(new.rows):], table)
+    ends = gains[selected(new.args, table.targets)].mean(axis=1).quantile([0.025, 0.975])
+    return float(ends.iloc[1] - ends.iloc[0]) / 2
+
+
+def tune(args, table):
+    """Run the card's stages on validation, each from the best before, and test the winner once.
+
+    The test part is drawn once, from --seed, and no candidate sees it; repeats split the rest.
+    Returns the winner's row of results with its gains over the first stage, and writes tuning.csv
+    and tuning.png. A stopped flow goes on with the candidate that it was at.
+    """
+    if not (args.split_column or args.test_ratio):
+        print("--tune sets a test part aside, as by --test_ratio 0.2")
+        args.test_ratio = 0.2
+    folder, key = Path(args.output_dir), fingerprint(args, table)
+    note, done = folder / "tuning/config.json", folder / "result.json"
+    if gather(note.exists() and json.loads(note.read_text())["fingerprint"])[0] != key:
+        archive_old_run(args)
+        save_text(note, json_text({"fingerprint": key}))
+    test = split_rows(table, args, args.seed)["test"]
+    if not len(test):
+        raise UserError(f"--tune needs a test part, but --split_column {args.split_column} has "
+                        f"none: name some rows test.")
+    parts = table.frame.get("part", pd.Series("train", table.frame.index)).to_numpy(object)
+    tested, parts[test] = replace(table, frame=table.frame.assign(part=parts)), "held out"
+    tested.frame.iloc[test, tested.frame.columns.get_loc("part")] = "test"
+    table = replace(table, frame=table.frame.assign(part=parts))
+    words = [word for word in shlex.split(args.command) if word != "--tune"]
+
+    def run(stage, number, flags):
+        options = parse_args([*words, *shlex.split(flags)])
+        settle_precision(options)
+        place = folder / "tuning" / f"{stage}_{number}".replace(" ", "_")
+        vars(options).update(output_dir=str(place), cache_dir=args.cache_dir, no_plots=True,
+                             test_ratio=0.0)
+        print(f"\n=== {stage}: {flags.strip() or 'as given'}")
+        return Candidate(stage, flags.strip(), options, train_splits(options, table))
+
+    first = best = run("baseline", 0, "")
+    candidates = [first]
+    for stage in STAGES:
+        tried = [run(stage, i, f"{best.flags} {flags}")
+                 for i, flags in enumerate(stage_flags(stage, best))]
+        if not tried:
+            print(f"\n=== {stage}: does not apply")
+            continue
+        for new in tried:
+            new.spread = gather(gain_margin(new, best, table) if RANK == 0 else None)[0]
+        top = max(tried, key=lambda new: new.scores().mean())
+        gain = (top.scores() - best.scores()).mean()
+        top.kept = "yes" if gain > top.spread else "no: within the noise" if gain > 0 else "no"
+        candidates += tried
+        best = top if top.kept == "yes" else best
+    frame = tuning_frame(candidates)
+    print(f"\n{frame.to_string(index=False)}")
+    save_text(folder / "tuning.csv", frame.to_csv(index=False))
+    if not args.no_plots and RANK == 0:
+        draw_tuning(frame, folder / "tuning.png")
+    if not gather(done.exists())[0]:
+        save_text(done, json_text(tested_row(best, first, tested)))
+        if RANK == 0:
+            with writing(folder / "baseline_best.pt") as half:
+                shutil.copyfile(best.rows[0]["checkpoint"], half)
+    row = gather(read_row(done) if RANK == 0 else None)[0]
+    print("\nthe winner on the test part", score_table([row]).to_string(), *verdict(row), sep="\n")
+    print(f"python baseline.py {best.args.command}")
+    return row
+
+
+def tuning_frame(candidates):
+    """Return a row per candidate: stage, flags, mean validation SROCC, spread, whether kept."""
+    return pd.DataFrame([
+        {"stage": new.stage, "flags": new.flags} | {
+            f"val_srocc_{t}": round(float(np.mean([row[f"val_srocc_{t}"] for row in new.rows])), 4)
+            for t in TARGETS if f"val_srocc_{t}" in new.rows[0]}
+        | {"spread": round(new.spread, 4), "kept": new.kept} for new in candidates])
+
+
+def tested_row(best, first, table):
+    """Evaluate two candidates on the test part; returns the row of best's first split.
+
+    gain_baseline_q, .. of it are means over the splits, their intervals by bootstrap over prompts.
+    """
+    preds, rows = {}, {}
+    for name, candidate in (("first", first), ("best", best)):
+        for row in candidate.rows:
+            options = argparse.Namespace(**vars(candidate.args) | {"output_dir": row["output_dir"]})
+            run = set_up(options, table, row["seed"])
+            run.progress = load_checkpoint(row["checkpoint"])["progress"]
+            pred, measured = results(run)
+            preds.setdefault(name, []).append(pred["test"])
+            rows.setdefault(name, []).append(measured)
+    row, drawn = rows["best"][0], paired_gains(preds["best"], preds["first"], table)
+    for t in table.targets:
+        sroccs = (np.mean([each[f"test_srocc_{t}"] for each in rows[name]])
+                  for name in ("best", "first"))
+        low, high = drawn[t].quantile([0.025, 0.975])
+        row |= {f"gain_baseline_{t}": float(np.subtract(*sroccs)),
+                f"gain_baseline_{t}_low": low, f"gain_baseline_{t}_high": high}
+    return row | {"flags": best.flags}
 
 
 # --- advice ---------------------------------------------------------------------------------
@@ -2957,11 +3150,12 @@ def remedy(args, up, down):
                     and not (args.no_residual_learning and name.startswith("residual")))
 
 
-def training_advice(args, log, row, depth):
+def training_advice(args, log, row):
     """Return rows of (what, evidence, flags): the card's diagnoses of a finished run.
 
-    log: rows of the epochs; row: of results; depth: of the image tower, 0 if unknown.
+    log: rows of the epochs; row: of results.
     """
+    depth = row["blocks"]  # of the image tower, 0 if unknown
     last, best, targets = log[-1], row["best_epoch"], [t for t in TARGETS if f"gap_{t}" in row]
     widest = max(row[f"gap_{t}"] for t in targets)
     weak = all(row[f"tier_{t}"] == "needs work" for t in targets)
@@ -3087,6 +3281,19 @@ def draw_worst(sides, frame, path):
             prompt = textwrap.wrap(frame["prompt"].iloc[row], 26, max_lines=3, placeholder=" ..")
             axis.set_xlabel("\n".join(prompt).replace("$", r"\$"), fontsize=8)
             axis.set(xticks=[], yticks=[])
+
+
+def draw_tuning(frame, path):
+    """Draw the validation SROCC of each candidate of the tuning flow with its spread."""
+    names = [name for name in frame if name.startswith("val_")]
+    with picture(path, 1, len(names), (7 * len(names), 4.8)) as axes:
+        for axis, name in zip(axes[0], names):
+            axis.errorbar(frame[name], -frame.index, xerr=frame["spread"].fillna(0), fmt="o",
+                          color=COLOURS[name[-1]], ecolor="#999999")
+            axis.set_yticks(-frame.index, frame["stage"] + ": " + frame["flags"].str[-40:] + (
+                frame["kept"] == "yes").map({True: "  (kept)", False: ""}), fontsize=7)
+            axis.set(xlabel=f"{name.upper()}, +- half the interval of its gain")
+            axis.grid(alpha=0.25)
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>baseline.py report</title>
@@ -3419,10 +3626,9 @@ def export(args):
 def model_card(name, content, folder):
     """Return an exported folder's README.md; folder: where the run's result is, if it is known."""
     path, epoch = folder / "result.json", content["progress"]["epoch"]
-    row = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    row = read_row(path) if path.is_file() else {}
     scores = "No scores of this split and epoch lay beside the checkpoint."
     if (row.get("split"), row.get("best_epoch")) == (content["split"], epoch):
-        row = {key: math.nan if value is None else value for key, value in row.items()}
         images = ", ".join(f"{row[f'images_{part}']} {part}" for part in ("train", "val", "test"))
         scores = "\n".join(["```", f"images: {images}; scores of the {row['part']} part",
                             score_table([row]).to_string(), *verdict(row), "```"])
