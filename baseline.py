@@ -1577,6 +1577,22 @@ def fit(run):
 # --- main flow ------------------------------------------------------------------------------
 
 
+SHELF = {}  # what the runs of a process share: {(what, key): value}
+
+
+def shared(what, keep, make, **key):
+    """Return make(), or what it made for an equal key: repeats and tuning build nothing twice.
+
+    keep: how many of this kind stay.
+    """
+    key = what, content_key(**key)
+    if key not in SHELF:
+        while len(alike := [old for old in SHELF if old[0] == what]) >= keep:
+            del SHELF[alike[0]]  # before the new one needs the memory
+        SHELF[key] = make()
+    return SHELF[key]
+
+
 def set_up(args, table, seed, content=None):
     """Build everything that one training run needs and print what will happen.
 
@@ -1586,7 +1602,14 @@ def set_up(args, table, seed, content=None):
     settle_precision(args)
     device = pick_device(args)
     parts = split_rows(table, args, seed)
-    clip, tokenizer, identity = load_clip(args, args.seed, content)
+    files = [path for place in (args.clip_model.removeprefix("local-dir:"), args.pretrained)
+             for path in sorted([Path(place), *Path(place).glob("*")]) if path.exists()]
+    clip, tokenizer, identity = shared(
+        "clip", 1, lambda: load_clip(args, args.seed, content), seed=args.seed,
+        content=content and (content["identity"], content["path"]),
+        flags=[args.clip_model, args.pretrained, args.image_size, args.resize_mode,
+               args.quick_gelu], files=[(path, path.stat().st_mtime_ns) for path in files])
+    clip = copy.deepcopy(clip)
     if WORLD > 1 and device.type == "cuda":  # statistics of the whole batch
         clip = timm.layers.convert_sync_batchnorm(clip)
     towers = make_towers(clip, tokenizer, args)
@@ -2182,22 +2205,26 @@ def fit_floors(f, t, antonyms, table, train, args):
 def calibrate(scorer, f, t, s0, table, train):
     """Start the base where CLIP already is (linear probing first: Kumar et al., ICLR 2022).
 
-    Quality: a ridge on f of the MOS's logit. Consistency: least squares on the cosine and the
-    quality of rows that the ridge did not see (stacking: Wolpert, 1992), so that one that knows its
-    training rows by heart is not trusted too much; of two branches, on the logit that brings their
-    mean to the MOS. Residuals that have learned already (--init_from) leave less MOS to fit.
+    Quality: the sigmoid that has value and slope of a ridge on f where that gives the mean MOS, so
+    that both rank alike. Consistency: least squares on the cosine and the quality of rows that the
+    ridge did not see (stacking: Wolpert, 1992), so that one that knows its training rows by heart
+    is not trusted too much; of two branches, on the logit that brings their mean to the MOS.
+    Residuals that have learned already (--init_from) leave less MOS to fit.
     f, t: (N, D) embeddings; s0: (N,) cosines. A target without scores leaves its base as it is.
     """
     out, head, s = scorer.score(f, t, s0), scorer.consistency, (f * t).sum(-1)
     x, quality = f.double(), torch.zeros_like(s0, dtype=torch.float64)
     if "q" in table.targets:
         rows, mos, groups = training_scores(table.frame, "q", train, x)
-        left = torch.logit(mos - (out["q"] - out["q_base"])[rows], 0.01)
+        left = mos - (out["q"] - out["q_base"])[rows]
         weights, bias, unseen = fit_ridge(x, torch.ones_like(x[:, :1]), rows, left, groups)
-        scorer.quality.base.weight.copy_((weights / scorer.quality.input_scale)[None])
-        scorer.quality.base.bias.copy_(bias)
-        quality = torch.sigmoid(x @ weights + bias)
-        quality[rows] = torch.sigmoid(unseen)
+        mean = left.mean().clamp(0.05, 0.95)
+        slope, bias = 1 / (mean * (1 - mean)), bias - mean
+        scorer.quality.base.weight.copy_((slope * weights / scorer.quality.input_scale)[None])
+        scorer.quality.base.bias.copy_(torch.logit(mean) + slope * bias)
+        quality = x @ weights + bias
+        quality[rows] = unseen - mean
+        quality = torch.sigmoid(torch.logit(mean) + slope * quality)
     if "c" in table.targets:
         rows, mos, _ = training_scores(table.frame, "c", train, x)
         left, cosine = mos - (out["c"] - out["c_base"])[rows], (s0 + 1) / 2
@@ -2217,12 +2244,16 @@ def start(scorer, images, texts, antonyms, table, parts, args):
         ids = table.frame["prompt_id"].to_numpy(copy=True)
         return images.embed().to(images.device), texts.embed()[ids].to(images.device)
 
-    f, t = embed()
-    if not (f.isfinite().all() and t.isfinite().all()):
-        raise UserError(f"The embeddings of {args.clip_model} must be finite, but are not in "
-                        f"{args.precision}: use --precision fp32, or other weights.")
+    def untrained():
+        f, t = embed()
+        if not (f.isfinite().all() and t.isfinite().all()):
+            raise UserError(f"The embeddings of {args.clip_model} must be finite, but are not in "
+                            f"{args.precision}: use --precision fp32, or other weights.")
+        return f, t, fit_floors(f, t, antonyms.to(images.device), table, parts["train"], args)
+
+    f, t, floors = shared("untrained", 10, untrained, images=images.key, texts=texts.key,
+                          by=args.split_by, data=data_hash(table), train=parts["train"].tolist())
     s0 = (f * t).sum(-1)
-    floors = fit_floors(f, t, antonyms.to(images.device), table, parts["train"], args)
     if args.init_from:
         begin_from(scorer, load_checkpoint(args.init_from), (images, texts), table, parts, args)
         f, t = embed()
@@ -2676,19 +2707,33 @@ def floor_metrics(run, part):
 def bootstrap(preds, mos, groups, draws=1000):
     """Return a DataFrame (draws, names) of SROCC of several predictions, by bootstrap over prompts.
 
-    Images of one prompt are not independent (cluster bootstrap: Davison and Hinkley, 1997). preds:
-    {name: (n,)}; mos, groups: (n,). A constant draw has none; a single prompt has no spread: NaN.
+    Images of one prompt are not independent, so prompts are drawn, not images (cluster bootstrap:
+    Davison and Hinkley, 1997). preds: {name: (n,)}; mos, groups: (n,). A constant draw has none,
+    and a single prompt has no spread: all NaN.
     """
-    rng, sroccs = np.random.default_rng(0), []
-    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    if len(members) < 2:
+    rng, group = np.random.default_rng(0), np.unique(groups, return_inverse=True)[1]
+    count = group.max() + 1
+    if count < 2:
         return pd.DataFrame(math.nan, range(draws), list(preds))
-    both = np.stack([mos, *preds.values()])
-    for _ in range(draws):
-        rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+    times = np.stack([np.bincount(rng.integers(count, size=count), minlength=count)[group]
+                      for _ in range(draws)])  # (draws, n): an image stands in a draw
+
+    def ranks(values):
+        """Return the draws' mid-ranks of the values, around their mean."""
+        distinct, place = np.unique(values, return_inverse=True)
+        starts = np.searchsorted(np.sort(place), np.arange(len(distinct)))
+        tied = np.add.reduceat(times[:, np.argsort(place)], starts, axis=1)
+        middle = tied.cumsum(axis=1) - (tied - 1) / 2 - (times.sum(axis=1, keepdims=True) + 1) / 2
+        return middle[:, place]
+
+    human, sroccs = ranks(mos), {}
+    size = (times * human ** 2).sum(axis=1)
+    for name, pred in preds.items():
+        ours = ranks(pred)
         with np.errstate(invalid="ignore", divide="ignore"):
-            sroccs.append(np.corrcoef(scipy.stats.rankdata(both[:, rows], axis=1))[0, 1:])
-    return pd.DataFrame(sroccs, columns=list(preds))
+            sroccs[name] = (times * ours * human).sum(axis=1) / np.sqrt(
+                size * (times * ours ** 2).sum(axis=1))
+    return pd.DataFrame(sroccs)
 
 
 def results(run):

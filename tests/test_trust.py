@@ -85,6 +85,9 @@ def test_floors_are_clips_own_scores_and_a_ridge_on_its_features(build, referenc
         assert min(errors) < 5e-3 and sorted(errors)[1] > 2 * min(errors), errors
         start = baseline.evaluate(run, "val")[0][target]
         assert np.allclose(start, run.floors["start"][target][run.parts["val"]], atol=1e-5)
+    probe, start = (run.floors[name]["q"] for name in ("linear_probe", "start"))
+    assert (np.argsort(probe) == np.argsort(start)).mean() > 0.9  # a sigmoid of it, up to float32
+    assert np.abs(probe - start)[np.abs(probe - train["q"].mean()) < 0.05].max() < 5e-3
 
 
 def test_floors_do_not_see_validation_scores(build, data, tmp_path):
@@ -158,7 +161,9 @@ def test_the_base_starts_at_a_least_squares_plane_and_keeps_its_cosine(build, re
     run = build(*MODES[mode], "--lr", 1e-3)
     train, val, frame = run.parts["train"], run.parts["val"], run.table.frame
     groups = np.unique(frame["group_id"].iloc[train], return_inverse=True)[1]
-    unseen = fit(reference.f[train], logit(frame["q"].iloc[train]), groups)[2]
+    mos = frame["q"].iloc[train].to_numpy(np.float64)
+    unseen, mean = fit(reference.f[train], mos, groups)[2], mos.mean()
+    unseen = logit(mean) + (unseen - mean) / (mean * (1 - mean))
     cosine, ones, start = (reference.s + 1) / 2, np.ones(36), run.floors["start"]["q"]
     x = np.column_stack([cosine[train], 1 / (1 + np.exp(-unseen)), ones[train]])
     plane = np.linalg.lstsq(x, frame["c"].iloc[train], rcond=None)[0]
@@ -275,7 +280,7 @@ def test_repeats_report_mean_spread_and_gain(train, capsys, more, part):
     """Means, sample SDs and paired 95 % gains are those of the single results, on their part."""
     run = train(*REPEATS, *more)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result == read_json(run.folder / "result.json") == run.row
+    assert result == read_json(run.folder / "result.json") == json.loads(baseline.json_text(run.row))
     one, two = result["repeats"]
     assert result["part"] == part
     for name in [f"{p}_{m}_{t}" for p in ("train", "val", part) for m in baseline.METRICS
