@@ -3046,45 +3046,55 @@ def gain_margin(new, old, table):
     return float(ends.iloc[1] - ends.iloc[0]) / 2
 
 
-def tune(args, table):
-    """Run the card's stages on validation, each from the best before, and test the winner once.
+def set_test_aside(args, table):
+    """Return (the table without the test part's rows in any part, the table with that part).
 
-    The test part is drawn once, from --seed, and no candidate sees it; repeats split the rest.
-    Returns the winner's row of results with its gains over the first stage, and writes tuning.csv
-    and tuning.png. A stopped flow goes on with the candidate that it was at.
+    It is drawn once, from --seed, or the one of --split_column.
     """
     if not (args.split_column or args.test_ratio):
         print("--tune sets a test part aside, as by --test_ratio 0.2")
         args.test_ratio = 0.2
+    test = split_rows(table, args, args.seed)["test"]
+    if not len(test):
+        raise UserError(f"--tune needs a test part, but --split_column {args.split_column} has "
+                        f"none: name some rows test.")
+    column = table.frame.get("part", pd.Series("train", table.frame.index)).to_numpy(object)
+    tables = []
+    for part in ("none", "test"):
+        column[test] = part
+        tables.append(replace(table, frame=table.frame.assign(part=column)))
+    return tables
+
+
+def try_flags(args, table, stage, number, flags):
+    """Train the user's command with more flags behind it, or find it finished."""
+    words = [word for word in shlex.split(args.command) if word != "--tune"]
+    options = parse_args([*words, *shlex.split(flags)])
+    settle_precision(options)
+    place = Path(args.output_dir, "tuning", f"{stage}_{number}".replace(" ", "_"))
+    vars(options).update(output_dir=str(place), cache_dir=args.cache_dir, no_plots=True,
+                         test_ratio=0.0)
+    print(f"\n=== {stage}: {flags.strip() or 'as given'}")
+    return Candidate(stage, flags.strip(), options, train_splits(options, table))
+
+
+def tune(args, table):
+    """Run the card's stages on validation, each from the best before, and test the winner once.
+
+    Returns the winner's row of results with its gains over the first stage, and writes tuning.csv
+    and tuning.png. A stopped flow goes on with the candidate that it was at.
+    """
     folder, key = Path(args.output_dir), fingerprint(args, table)
     note, done = folder / "tuning/config.json", folder / "result.json"
     if gather(note.exists() and json.loads(note.read_text())["fingerprint"])[0] != key:
         archive_old_run(args)
         save_text(note, json_text({"fingerprint": key}))
-    test = split_rows(table, args, args.seed)["test"]
-    if not len(test):
-        raise UserError(f"--tune needs a test part, but --split_column {args.split_column} has "
-                        f"none: name some rows test.")
-    parts = table.frame.get("part", pd.Series("train", table.frame.index)).to_numpy(object)
-    tested, parts[test] = replace(table, frame=table.frame.assign(part=parts)), "held out"
-    tested.frame.iloc[test, tested.frame.columns.get_loc("part")] = "test"
-    table = replace(table, frame=table.frame.assign(part=parts))
-    words = [word for word in shlex.split(args.command) if word != "--tune"]
-
-    def run(stage, number, flags):
-        options = parse_args([*words, *shlex.split(flags)])
-        settle_precision(options)
-        place = folder / "tuning" / f"{stage}_{number}".replace(" ", "_")
-        vars(options).update(output_dir=str(place), cache_dir=args.cache_dir, no_plots=True,
-                             test_ratio=0.0)
-        print(f"\n=== {stage}: {flags.strip() or 'as given'}")
-        return Candidate(stage, flags.strip(), options, train_splits(options, table))
-
-    first = best = run("baseline", 0, "")
+    table, tested = set_test_aside(args, table)
+    first = best = try_flags(args, table, "baseline", 0, "")
     candidates = [first]
     for stage in STAGES:
-        tried = [run(stage, i, f"{best.flags} {flags}")
-                 for i, flags in enumerate(stage_flags(stage, best))]
+        tried = [try_flags(args, table, stage, number, f"{best.flags} {flags}")
+                 for number, flags in enumerate(stage_flags(stage, best))]
         if not tried:
             print(f"\n=== {stage}: does not apply")
             continue
@@ -3101,10 +3111,11 @@ def tune(args, table):
     if not args.no_plots and RANK == 0:
         draw_tuning(frame, folder / "tuning.png")
     if not gather(done.exists())[0]:
-        save_text(done, json_text(tested_row(best, first, tested)))
+        row = tested_row(best, first, tested)
         if RANK == 0:
             with writing(folder / "baseline_best.pt") as half:
                 shutil.copyfile(best.rows[0]["checkpoint"], half)
+        save_text(done, json_text(row))
     row = gather(read_row(done) if RANK == 0 else None)[0]
     print("\nthe winner on the test part", score_table([row]).to_string(), *verdict(row), sep="\n")
     print(f"python baseline.py {best.args.command}")
