@@ -15,9 +15,9 @@ FREEZING = {"frozen": ["--freeze_clip"], "partial": ["--partial_freeze", "--free
             "full": []}
 LOW = {"q": 0.70, "c": 0.65, "gap_q": 0.0, "gap_c": 0.0}
 DIAGNOSES = {  # how a run shows it, and which way its remedies go
-    "overfitting": ({"q": 0.80, "c": 0.75, "gap_q": 0.12, "gap_c": 0.15}, "+dropout +weight_decay "
+    "overfitting": ({"q": 0.80, "c": 0.75, "gap_q": 0.12, "gap_c": 0.15}, "+dropout "
                     "-residual_scale_q -residual_scale_c -lr +frozen -epochs"),
-    "underfitting": ({**LOW, "best_epoch": 12}, "-dropout -weight_decay +lr +residual_scale_q "
+    "underfitting": ({**LOW, "best_epoch": 12}, "-dropout +lr +residual_scale_q "
                      "+residual_scale_c -frozen"),
     "unstable loss": ({"losses": [*FALLING[:5], 0.09, *FALLING[6:]]},
                       "-lr +warmup_ratio -max_grad_norm -batch_size"),
@@ -44,7 +44,7 @@ def found(argv=(), losses=FALLING, log=None, depth=DEPTH, **row):
     if not args.no_residual_learning:
         row = dict.fromkeys(("saturated_q", "saturated_c"), 0.0) | dict.fromkeys(
             ("largest_delta_q", "largest_delta_c"), 0.6) | row
-    return baseline.training_advice(args, rows, row, depth)
+    return baseline.training_advice(args, rows, row | {"blocks": depth})
 
 
 def names(advice):
@@ -123,6 +123,18 @@ def test_residual_scale_by_number_of_images(images, good, bad, want):
             ("residual scale unusual for this many images",
              f"--residual_scale_q {want} --residual_scale_c {want}")] * (bad in (q, c))
         assert settings(words + " --no_residual_learning", "", images) == []
+
+
+@pytest.mark.parametrize("words, said, want", [
+    ("--scheduler step", "90% of the learning rates' sum is in the first 1 of 20", 7),
+    ("--scheduler step --step_lr_gamma 0.5 --step_lr_step_size 2 --epochs 50", "50%", 17),
+    ("--scheduler step --step_lr_step_size 7", "", 0), ("--scheduler step --epochs 2", "", 0),
+    ("--scheduler cosine", "", 0)])
+def test_steps_that_end_the_learning_early(words, said, want):
+    """A rate that falls below a hundredth of its peak has learned nearly all before it decays."""
+    advice = settings(f"{words} --lr 3e-5", said)
+    assert advice == [("steps that end the learning early",
+                       f"--step_lr_step_size {want}")] * (want > 0)
 
 
 @pytest.mark.parametrize("depth, low, high", [(24, 12, 22), (12, 6, 11), (5, 1, 9), (0, 1, 9)])
@@ -210,7 +222,7 @@ def test_a_run_ends_with_its_own_advice(train, capsys):
     args = baseline.parse_args(shlex.split(run.row["command"]))
     log = pd.read_csv(run.folder / "training_log.csv").to_dict("records")
     want = [*baseline.settings_advice(args, 28, 4),
-            *baseline.training_advice(args, log, run.row, 4)]
+            *baseline.training_advice(args, log, run.row)]
     lines = [line for what, why, flags in want for line in (
         f"{what}: {why}; try", f"  python baseline.py {run.row['command']} {flags}")]
     baseline.main(["--resume_from", str(run.folder / "baseline_last.pt")])
