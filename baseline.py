@@ -1577,7 +1577,7 @@ def fit(run):
 # --- main flow ------------------------------------------------------------------------------
 
 
-SHELF = {}  # what the runs of a process share: {(what, key): value}
+SHELF = {}  # what the runs of one command share: {(what, key): value}
 
 
 def shared(what, keep, make, **key):
@@ -1656,6 +1656,7 @@ def train_one_run(args, table, seed, content=None):
 
 def train(args):
     """Train as the arguments say; returns the row of results that is also printed as JSON."""
+    SHELF.clear()
     content = load_checkpoint(args.resume_from) if args.resume_from else None
     if content:
         take_over_settings(args, content)
@@ -1674,8 +1675,10 @@ def train(args):
             row = train_one_run(args, table, content["seed"] if content else args.seed, content)
             append_run(args, row)
         except KeyboardInterrupt:
-            print("\nstopped; go on with: python baseline.py", args.command
-                  if several or not last.exists() else f"--resume_from {shlex.quote(str(last))}")
+            if several or last.with_name("config.json").exists():  # it has begun to train
+                again = not several and last.exists()
+                print("\nstopped; go on with: python baseline.py",
+                      f"--resume_from {shlex.quote(str(last))}" if again else args.command)
             raise
     return row
 
@@ -3293,7 +3296,7 @@ def draw_curves(log, best_epoch, floors, path):
             log.plot("epoch", [f"train_{name}", f"val_{name}"], style=[".--", ".-"], ax=axis,
                      color=COLOURS.get(name[-1], "#666666"), title=name.upper())
             axis.grid(alpha=0.25)
-            for (floor, measured), line in zip(floors.items(), ("-.", ":", "--")):
+            for (floor, measured), line in zip(floors.items(), ("-", "-.", ":", "--")):
                 far = (floor, name) == ("zero_shot", "srocc_q")  # it would flatten the curves
                 if np.isfinite(measured.get(name, np.nan)) and not far:
                     axis.axhline(measured[name], linestyle=line, color="#666666",

@@ -122,6 +122,12 @@ def write_clip(folder, seed=0, vision=None, text=None, pretrained=True, **model)
     return folder
 
 
+@pytest.fixture(autouse=True)
+def empty_shelf():
+    """Let no run find what another test's run left in this process."""
+    baseline.SHELF.clear()
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """36 pictures of 9 prompts: csv, images, rows."""

@@ -151,8 +151,8 @@ def test_the_curves_have_the_floors_of_their_own_part(again):
     want = {name: [float(value) for value in values] for name, *values in re.findall(
         r"(\w+) (\S+) / ([^\s;]+)", floors)}
     lines = [round(value, 4) for value in again.lines]
-    assert {*want["linear_probe"], want["zero_shot"][1]} <= set(lines)
-    assert set(lines) <= {*want["linear_probe"], *want["zero_shot"]}
+    assert {*want["start"], *want["linear_probe"], want["zero_shot"][1]} <= set(lines)
+    assert set(lines) <= {*want["start"], *want["linear_probe"], *want["zero_shot"]}
 
 
 def test_no_prompt_makes_a_warning(done, again):
@@ -218,7 +218,7 @@ def test_the_page_stands_alone(done):
 def test_the_page_holds_the_numbers(done):
     """The table holds floors and run of the judged part; best epoch and verdict are named."""
     page, row = done.page, done.row
-    want = {"zero-shot": "zero_shot", "linear probe": "linear_probe",
+    want = {"start": "start", "linear probe": "linear_probe", "zero-shot": "zero_shot",
             "prompt mean (no pixels)": "prompt_mean", "this run": "test"}
     assert page.rows == [[name.upper() for name in SHOWN], *(
         [title, *(f"{row[f'{name}_{metric}']:.4f}" for metric in SHOWN)]
@@ -228,6 +228,7 @@ def test_the_page_holds_the_numbers(done):
     for t, name in (("q", "quality"), ("c", "consistency")):
         assert (f"{name}: 95 % interval of SROCC {row[f'interval_{t}_low']:.3f}.."
                 f"{row[f'interval_{t}_high']:.3f}, validation SROCC {row[f'val_srocc_{t}']:.4f}, "
+                f"best epoch of its own {row[f'best_epoch_{t}']}, "
                 f"Train-Val Gap {row[f'gap_{t}']:+.4f}, tier {row[f'tier_{t}']}") in text
         gain = f"gain_linear_probe_{t}"
         assert (f"{t.upper()} {row[gain]:+.4f} ({row[f'{gain}_low']:+.4f}.."
