@@ -38,33 +38,28 @@ def scales(value):
 
 
 DIAGNOSES = {
-    "Overfitting": [dict(freeze_layers=20), scales(0.15), dict(dropout=0.2, weight_decay=5e-4),
-                    dict(lr=1e-5)],
-    "Underfitting": [dict(freeze_layers=16), scales(0.3), dict(lr=5e-5),
-                     dict(dropout=0.05, weight_decay=1e-5)],
+    "Overfitting": [dict(freeze_layers=20), scales(0.15), dict(dropout=0.2), dict(lr=1e-5)],
+    "Underfitting": [dict(freeze_layers=16), scales(0.3), dict(lr=5e-5), dict(dropout=0.05)],
     "Unstable loss": [dict(warmup_ratio=0.1), dict(max_grad_norm=0.5), dict(lr=1e-5),
                       dict(batch_size=16)],
     "Low SROCC_C only": [dict(w_q=0.3, w_c=0.7), dict(residual_scale_c=0.3),
                          dict(freeze_layers=16)],
     "Low SROCC_Q only": [dict(w_q=0.7, w_c=0.3), dict(residual_scale_q=0.3)],
 }
-FLOW = {
-    "Baseline": [dict(preset="A"), dict(preset="B")],
-    "Learning rate": [dict(preset="B", lr=lr) for lr in (1e-5, 3e-5, 5e-5)],
-    "Frozen blocks": [dict(preset="B", freeze_layers=n) for n in (16, 18, 20)],
-    "Residual scales": [dict(preset="B", **scales(value)) for value in (0.15, 0.25)],
-    "Weights and regularisation": [
-        dict(preset="B", w_q=0.3, w_c=0.7), dict(preset="B", w_q=0.7, w_c=0.3),
-        dict(preset="B", dropout=0, weight_decay=1e-5),
-        dict(preset="B", dropout=0.2, weight_decay=5e-4)],
+FLOW = {  # by hand: what --tune tries from preset B on 24 blocks
+    "Baseline": [{}],
+    "Learning rate": [dict(lr=1e-5), dict(lr=5e-5)],
+    "Frozen blocks": [dict(freeze_layers=16), dict(freeze_layers=20)],
+    "Residual scales": [scales(0.15), scales(0.25)],
+    "Remedies": [dict(freeze_layers=20, **scales(0.15), dropout=0.2, lr=1e-5)],
 }
+TUNE = ["--preset", "B", "--tune"]
 RULES = {
     "Learning rate by freezing": [["frozen", "1e-3..5e-3"], ["partial", "3e-5..1e-4"],
                                   ["full", "1e-5..3e-5"]],
     "Residual scale by amount of data": [["<500", "0.1"], ["500-3K", "0.2"], ["3K-10K", "0.3"],
                                          [">10K", "0.4..0.5"]],
-    "Regularisation by overfitting": [["none", "0", "1e-5"], ["light", "0.1", "1e-4"],
-                                      ["heavy", "0.2", "5e-4"]],
+    "Regularisation by overfitting": [["none", "0"], ["light", "0.1"], ["heavy", "0.2"]],
 }
 
 
@@ -329,14 +324,45 @@ def test_diagnoses():
     assert found == DIAGNOSES
 
 
-def test_flow_of_card_and_guide():
-    """Both have the five stages, with the same commands."""
+def test_flow():
+    """The chapter begins with --tune; each of its five stages has the commands by hand."""
     text = chapter("Tuning in five stages")
+    assert commands(text)[0] == TUNE
     found = {title: [given(argv) for argv in commands(stage)]
              for title, stage in sections(text, 3).items()}
-    assert found == FLOW
-    guide = sections(GUIDE.read_text(encoding="utf-8"), 2)["The five stages"]
-    assert commands(guide) == commands(text)
+    assert found == {stage: [dict(preset="B", **flags) for flags in tried]
+                     for stage, tried in FLOW.items()}
+
+
+def test_flow_is_the_programs(tmp_path):
+    """By hand the stages try what --tune tries: an overfitting preset B on 24 blocks."""
+    args = baseline.parse_args(["--preset", "B"])
+    row = {"output_dir": str(tmp_path), "blocks": 24, "best_epoch": 9,
+           "saturated_q": 0.0, "saturated_c": 0.0, "largest_delta_q": 0.5, "largest_delta_c": 0.5}
+    for target in baseline.TARGETS:
+        row |= {f"gap_{target}": 0.1, f"val_srocc_{target}": 0.9, f"tier_{target}": "needs work"}
+    log = ["epoch,train_loss,train_srocc_q,val_srocc_q,train_srocc_c,val_srocc_c",
+           *(f"{epoch},0.1,1,0.9,1,0.9" for epoch in range(1, 21))]
+    (tmp_path / args.log_csv).write_text("\n".join(log), encoding="utf-8")
+    best = baseline.Candidate("baseline", "", args, [row])
+    tried = [[given(shlex.split(flags)) for flags in baseline.stage_flags(stage, best)]
+             for stage in baseline.STAGES]
+    assert tried == list(FLOW.values())[1:]
+
+
+def test_guide_is_around_the_flow():
+    """The guide leads to --tune, by the card's command, and says what it leaves."""
+    text = sections(GUIDE.read_text(encoding="utf-8"), 2)["Tune"]
+    assert commands(text)[0] == TUNE
+    assert all(name in text for name in (
+        "tuning.csv", "tuning.png", "outputs/tuning", "baseline_best.pt", "result.json"))
+
+
+def test_weight_decay_is_no_remedy():
+    """No remedy, stage or rule counts on weight decay; its row has the arithmetic."""
+    for name in ("Diagnosis", "Tuning in five stages", "Rules of thumb"):
+        assert "weight_decay" not in chapter(name)
+    assert "lr * this" in ROWS["--weight_decay"][3]
 
 
 def test_guide_explains_every_column_of_the_log():
