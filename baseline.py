@@ -3058,9 +3058,10 @@ def set_test_aside(args, table):
         print("--tune sets a test part aside, as by --test_ratio 0.2")
         args.test_ratio = 0.2
     test = split_rows(table, args, args.seed)["test"]
-    if not len(test):
-        raise UserError(f"--tune needs a test part, but --split_column {args.split_column} has "
-                        f"none: name some rows test.")
+    scored = table.frame.iloc[test][list(table.targets)].count().min()
+    if scored < 2:
+        raise UserError(f"--tune needs a test part with scores, but --split_column "
+                        f"{args.split_column} has {scored} such rows: name some rows test.")
     column = table.frame.get("part", pd.Series("train", table.frame.index)).to_numpy(object)
     tables = []
     for part in ("none", "test"):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from conftest import read_csv, read_json
+from conftest import read_csv, read_json, write_csv
 
 import baseline
 
@@ -139,14 +139,16 @@ def test_the_winners_command_and_checkpoint(train, capsys):
     assert run.row["command"] == shlex.join(words)
 
 
-def test_tune_wants_a_test_part_of_a_split_column(refused, data, tmp_path):
-    """A paper's split without one is refused."""
-    from conftest import write_csv
-    rows = [row | {"split": "val" if i % 3 else "train"} for i, row in enumerate(data.rows)]
-    csv = write_csv(tmp_path / "split.csv", rows, ["name", "prompt", "mos_quality", "mos_align",
-                                                    "split"])
+@pytest.mark.parametrize("part, empty", [("val", False), ("test", True)])
+def test_tune_wants_a_test_part_of_a_split_column(refused, data, tmp_path, part, empty):
+    """A paper's split without one, or without its scores, is refused."""
+    columns = ["name", "prompt", "mos_quality", "mos_align", "split"]
+    rows = [row | {"split": "train" if i % 3 else part} for i, row in enumerate(data.rows)]
+    for row in rows if empty else ():
+        row |= {"mos_quality": "", "mos_align": ""} if row["split"] == "test" else {}
+    csv = write_csv(tmp_path / "split.csv", rows, columns)
     said = refused("--tune", "--freeze_clip", "--split_column", "split", "--data_csv_path", csv)
-    assert "--split_column split has none" in said
+    assert "--split_column split has 0 such rows" in said
 
 
 def test_the_picture_shows_every_candidate(train, monkeypatch):
