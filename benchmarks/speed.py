@@ -54,9 +54,10 @@ def parse_args():
     parser.add_argument("--batch_size", type=int, default=32, help="images per step")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of towers")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
-    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES),
-                        help="what to time")
-    parser.add_argument("--num_workers", type=int, default=2, help="decoding threads, of (b) processes")
+    parser.add_argument("--cases", nargs="*", choices=[*CASES, "predict"], default=list(CASES),
+                        help="what to time; predict: scoring by a partly trained tower")
+    parser.add_argument("--num_workers", type=int, default=2,
+                        help="decoding threads, of (b) processes")
     parser.add_argument("--whole", action="store_true",
                         help="also time whole commands: --freeze_clip --epochs 10, cold and again")
     parser.add_argument("--growth", type=int, nargs="*", default=[],
@@ -322,6 +323,54 @@ def compare(options, case, csv, folder, first):
     return b, timed(plain.validate)
 
 
+def score_rates(options, csv, folder):
+    """Print the images per second of --predict, of its bare forward and of a plain loop.
+
+    The bare forward has decoded images and embedded prompts at hand; the plain loop has open_clip's
+    default model and one image and prompt at a time, as most scoring scripts do.
+    """
+    argv = [*flags(options, "partial_freeze", csv, folder), "--epochs", "1", "--no_plots"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        baseline.main(argv)
+        checkpoint = Path(folder, "partial_freeze", "baseline_best.pt")
+        scorer = baseline.load(checkpoint, batch_size=options.batch_size,
+                               num_workers=options.num_workers)
+    frame = pd.read_csv(csv, dtype=str, keep_default_na=False)
+    paths = [Path(options.image_base_dir, name) for name in frame["name"]]
+    prompts = list(frame["prompt"])
+    steps = baseline.batches_of(len(paths), options.batch_size)
+    decode = baseline.Decoder(paths, scorer.identity["preprocess"])
+    pixels = [decode(rows)[0] for rows in steps]
+    index, texts = scorer.texts(prompts, len(paths))
+    clip, _, preprocess = open_clip.create_model_and_transforms(options.clip_model)
+    tokenizer = open_clip.get_tokenizer(options.clip_model)
+
+    @torch.no_grad()
+    def bare():
+        for rows, images in zip(steps, pixels):
+            scorer.outputs(images.to(index.device), texts[index[rows]])
+
+    @torch.no_grad()
+    def plain():
+        model = clip.eval().to(index.device)
+        for path, prompt in zip(paths, prompts):
+            image = preprocess(Image.open(path).convert("RGB"))[None].to(index.device)
+            f = model.encode_image(image, normalize=True)
+            t = model.encode_text(tokenizer([prompt]).to(index.device), normalize=True)
+            float((f * t).sum())
+
+    work = {"--predict": lambda: list(scorer.scored(paths, prompts, steps)), "bare": bare,
+            "plain": plain}
+    seconds = {name: [] for name in work}
+    for _ in range(options.rounds):
+        for name, function in work.items():
+            seconds[name].append(timed(function))
+    ours, limit, loop = (len(paths) / statistics.median(each) for each in seconds.values())
+    print(f"\nscoring, images/s: --predict {ours:.1f}, its bare forward {limit:.1f}, a plain loop "
+          f"{loop:.1f}: {ours / limit:.2f} of the bare forward, {ours / loop:.1f}x the plain loop",
+          flush=True)
+
+
 def whole_commands(options, csv, folder, plain):
     """Time `--freeze_clip --epochs 10` as whole commands, cold and again, start-up included.
 
@@ -382,9 +431,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         csv = write_subset(options, options.images, folder)
         plain = {}
-        for case in options.cases:
+        for case in [case for case in options.cases if case in CASES]:
             first = in_process(first_run, options, case, csv, folder)
             plain[case] = in_process(compare, options, case, csv, folder, first)
+        if "predict" in options.cases:
+            in_process(score_rates, options, csv, folder)
         if options.whole:
             whole_commands(options, csv, folder, plain["freeze_clip"])
         if options.growth:
