@@ -3344,15 +3344,19 @@ def draw_worst(sides, frame, path):
 
 
 def draw_tuning(frame, path):
-    """Draw the validation SROCC of each candidate of the tuning flow with its spread."""
-    names = [name for name in frame if name.startswith("val_")]
-    with picture(path, 1, len(names), (7 * len(names), 4.8)) as axes:
+    """Draw the validation SROCC of each candidate of the tuning flow; those kept have a ring."""
+    names, kept = [name for name in frame if name.startswith("val_")], frame["kept"] == "yes"
+    labels = ["\n".join([stage, *textwrap.wrap(flags, 40)])
+              for stage, flags in zip(frame["stage"], frame["flags"])]
+    with picture(path, 1, len(names), (3 + 4 * len(names), 1 + 0.6 * len(frame))) as axes:
         for axis, name in zip(axes[0], names):
             axis.errorbar(frame[name], -frame.index, xerr=frame["spread"].fillna(0), fmt="o",
                           color=COLOURS[name[-1]], ecolor="#999999")
-            axis.set_yticks(-frame.index, frame["stage"] + ": " + frame["flags"].str[-40:] + (
-                frame["kept"] == "yes").map({True: "  (kept)", False: ""}), fontsize=7)
-            axis.set(xlabel=f"{name.upper()}, +- half the interval of its gain")
+            axis.plot(frame[name][kept], -frame.index[kept], "o", markersize=13, mfc="none",
+                      color="black")
+            axis.set_yticks(-frame.index, labels if name == names[0] else [""] * len(frame),
+                            fontsize=7)
+            axis.set(title=name.upper(), xlabel="+- half the interval of the gain")
             axis.grid(alpha=0.25)
 
 
