@@ -885,7 +885,8 @@ class Tower:
 
     def __init__(self, encoder, example, frozen):
         """example: one image or text as the encoder takes it; its content does not matter."""
-        self.encoder, self.example, self.blocks = encoder, example, find_blocks(encoder)
+        self.encoder, self.blocks = encoder, find_blocks(encoder)
+        encoder.register_buffer("example", example, persistent=False)  # so that it moves along
         self.frozen = min(frozen, len(self.blocks)) if isinstance(frozen, int) else frozen
         self.boundary = self.pooled_at = None
         last = self.blocks[-1] if self.blocks else encoder
@@ -913,7 +914,7 @@ class Tower:
 
         Raises UserError where the two halves are not the whole.
         """
-        x, ids = self.example, self.example
+        x = ids = self.encoder.example
         if x.is_floating_point():  # two pictures unlike the blank one that the suffix walks with
             x, ids = torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)), None
         parameters = [p for p in self.encoder.parameters() if p.requires_grad]
@@ -969,9 +970,9 @@ class Tower:
         boundary = boundary.contiguous(memory_format=self.layout)
         if self.frozen is None:
             return self.encode(boundary)
-        self.boundary, self.example = boundary, self.example.to(boundary.device)
+        self.boundary = boundary
         try:
-            return self.encode(self.example if ids is None else ids)
+            return self.encode(self.encoder.example if ids is None else ids)
         finally:
             self.boundary = None
 
@@ -1015,6 +1016,11 @@ class Tower:
                 block.forward = recomputed(block)
             if args.compile:
                 block.compile()
+
+    def leave(self):
+        """Free the GPU of what is frozen, whose outputs are cached: nothing runs it any more."""
+        for module in [self.encoder] if self.frozen == "all" else self.blocks[:self.frozen]:
+            module.cpu()
 
 
 def depends_on(y, parameters):
@@ -1613,6 +1619,7 @@ def set_up(args, table, seed, content=None):
     if WORLD > 1 and device.type == "cuda":  # statistics of the whole batch
         clip = timm.layers.convert_sync_batchnorm(clip)
     towers = make_towers(clip, tokenizer, args)
+    torch.backends.cudnn.benchmark = towers["image"].layout == torch.channels_last  # fixed shapes
     torch.manual_seed(seed)
     scorer = CLIPScorer(clip, towers, identity, args).to(device).eval()
     print_setup(args, table, parts, scorer, device)
@@ -1632,6 +1639,9 @@ def set_up(args, table, seed, content=None):
         tower.tune(args)
     model = scorer if WORLD == 1 else nn.parallel.DistributedDataParallel(
         scorer, broadcast_buffers=False, find_unused_parameters=args.no_residual_learning)
+    for source in (images, texts):  # not before: DistributedDataParallel wants one device
+        if source.features is not None:
+            source.tower.leave()
     mos = {target: torch.from_numpy(table.frame[target].fillna(0).to_numpy(copy=True)).to(device)
            for target in TARGETS}
     return Run(args, seed, device, table, parts, identity, scorer, model, images, texts, mos,
@@ -1779,18 +1789,20 @@ def augmented(images, views, flip):
 class Decoder:
     """Decode and preprocess images with open_clip's own transform, up to uint8.
 
-    paths: N files; preprocess: open_clip's PreprocessCfg as a dict. A call with B row numbers
-    returns (B, 3, H, W) uint8, black where unreadable, and {row number: reason}.
+    paths: N files; preprocess: open_clip's PreprocessCfg as a dict; pin: into page-locked memory. A
+    call with B row numbers returns (B, 3, H, W) uint8, black where unreadable, and {row number:
+    reason}.
     """
 
-    def __init__(self, paths, preprocess):
+    def __init__(self, paths, preprocess, pin=False):
         transform = clip_transform.image_transform_v2(
             clip_transform.PreprocessCfg(**preprocess), is_train=False)
         self.steps = transform.transforms[:-2]  # to tensor and normalisation come later
-        self.paths, self.size = list(paths), to_2tuple(preprocess["size"])
+        self.paths, self.size, self.pin = list(paths), to_2tuple(preprocess["size"]), pin
 
     def __call__(self, rows):
-        images, errors = torch.zeros(len(rows), 3, *self.size, dtype=torch.uint8), {}
+        shape, errors = (len(rows), 3, *self.size), {}
+        images = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.pin)
         for place, row in enumerate(rows):
             try:
                 image = load_image(self.paths[row])
@@ -1998,7 +2010,8 @@ class ImageInputs:
     def __init__(self, scorer, table, key, args, device):
         self.scorer, self.args, self.device = scorer, args, device
         self.tower, self.csv_rows = scorer.towers["image"], table.frame.index.to_numpy()
-        self.decode = Decoder(table.frame["path"], key["preprocess"])
+        self.decode = Decoder(table.frame["path"], key["preprocess"],
+                              device.type == "cuda" and args.pin_memory)
         self.features = self.pixels = None
         self.flips = (False, True)[:1 + (args.augment == "flip")]
         self.key = {"identity": key, "files": table.frame[["path", "stamp"]].values.tolist()}
@@ -2057,7 +2070,7 @@ class TextInputs:
     def __init__(self, tower, tokenizer, key, args, device, what, texts, keep=False):
         self.tower, self.args, self.device = tower, args, device
         ids = tokenize(tokenizer, texts, what)
-        self.ends = tower.ends(ids)
+        self.ends = tower.ends(ids).numpy()
         self.ids, self.features = ids[:, :int(self.ends.max()) + 1].to(device), None
         self.key = {"identity": key, "ids": hashlib.sha256(ids.numpy()).hexdigest()}
         if keep and tower.frozen is not None:
@@ -2342,13 +2355,15 @@ def settle_precision(args, device=None):
     args.asked_precision = getattr(args, "asked_precision", args.precision)
     if args.precision == "auto":
         cuda = device.type == "cuda" if device else torch.cuda.is_available()
-        real = cuda and torch.cuda.is_bf16_supported()
+        real = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if real else "fp16" if cuda else "fp32"
 
 
 def pick_device(args):
     """Return the device to compute on, CUDA where there is one; a CPU is made fast."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # fp32 is TF32 where the GPU has it; the probes are float64
+        tf32 = args.precision == "fp32" and torch.cuda.is_tf32_supported()
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
         return torch.device("cuda")
     if other := torch.accelerator.current_accelerator(check_available=True):
         print(f"running on the CPU: on a GPU of type {other.type} the scores were never checked")
@@ -2677,8 +2692,9 @@ def print_setup(args, table, parts, scorer, device):
         print(f"{name} tower: {frozen} of {depth} blocks frozen, {sizes @ trains / 1e6:.2f} M of "
               f"{sizes.sum() / 1e6:.2f} M parameters train")
     heads = sum(p.numel() for n, p in scorer.named_parameters() if not n.startswith("clip."))
+    tf32 = " as TF32" * (device.type == "cuda" and torch.get_float32_matmul_precision() == "high")
     several = f"; {WORLD} processes, {WORLD * args.batch_size} images per step" * (WORLD > 1)
-    print(f"heads: {heads / 1e6:.2f} M parameters; device {device}, {args.precision}, lr "
+    print(f"heads: {heads / 1e6:.2f} M parameters; device {device}, {args.precision}{tf32}, lr "
           f"{args.lr:g} (heads {head_lr(args):g}){several}")
     depth = len(scorer.towers["image"].blocks)
     print_advice(args, settings_advice(args, len(parts["train"]), depth, table.targets))
