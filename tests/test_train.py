@@ -33,7 +33,8 @@ def largest_difference(a, b):
 def test_accumulation_equals_the_big_batch(train, monkeypatch, big, small, steps):
     """A window of small batches is one big batch, also where the last window is shorter."""
     common = [*PARTIAL, "--dropout", 0, "--epochs", 1, "--use_explanations", "--w_exp", 1,
-              "--lr", 1e-4, "--warmup_ratio", 0]
+              "--lr", 1e-4, "--warmup_ratio", 0, "--seed", 43]  # no gradient of it is nearly 0,
+    # where AdamW, which divides by its size, would make a step of the rounding
     monkeypatch.setattr(baseline, "selection_score", lambda values, by: 0.0)  # epoch 0 is best
     one = train(*common, "--batch_size", big, out="big").folder
     two = train(*common, "--batch_size", small, "--grad_accum_steps", steps, out="small").folder
@@ -577,7 +578,8 @@ def test_runs_csv_keeps_the_columns_and_texts_of_every_run(train):
     for row, run in zip(rows, runs):
         for name, value in run.row.items():
             if name not in ("advice", "seed"):
-                assert row[name] == str(value) or float(row[name]) == value
+                assert row[name] == str(value) or float(row[name] or "nan") == value or (
+                    row[name] == "" and math.isnan(value))  # a fit that too few images allow
         assert {k for k, v in row.items() if v} <= set(run.row) | {"note", "by"}
     assert rows[2]["largest_delta_q"] == rows[0]["test_srocc_q"] == rows[1]["note"] == ""
     assert "--lr 0.01" in rows[1]["command"] and "--freeze_clip" in rows[1]["command"]
