@@ -1609,13 +1609,11 @@ def set_up(args, table, seed, content=None):
     settle_precision(args)
     device = pick_device(args)
     parts = split_rows(table, args, seed)
-    files = [path for place in (args.clip_model.removeprefix("local-dir:"), args.pretrained)
-             for path in sorted([Path(place), *Path(place).glob("*")]) if path.exists()]
     clip, tokenizer, identity = shared(
         "clip", 1, lambda: load_clip(args, args.seed, content), seed=args.seed,
         content=content and (content["identity"], content["path"]),
         flags=[args.clip_model, args.pretrained, args.image_size, args.resize_mode,
-               args.quick_gelu], files=[(path, path.stat().st_mtime_ns) for path in files])
+               args.quick_gelu])
     clip = copy.deepcopy(clip)
     if WORLD > 1 and device.type == "cuda":  # statistics of the whole batch
         clip = timm.layers.convert_sync_batchnorm(clip)
@@ -2297,8 +2295,9 @@ def begin_from(scorer, source, inputs, table, parts, args):
         raise UserError(f"--init_from {args.init_from} needs the model that was trained there, but "
                         f"{', '.join(differ) or 'the weights of the CLIP'} differ: give the same.")
     load_trained_state(scorer, source["state"], args.init_from)
+    trained = weights_hash(source["state"])
     for each in inputs:
-        each.key = each.key | {"init_from": weights_hash(source["state"])}
+        each.key = each.key | {"init_from": trained}
     for part in ("val", "test"):
         known = {*prompt_hashes(table, parts[part])} & {*source["prompts"]}
         if known:
@@ -2414,8 +2413,9 @@ def locked(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 Path(lock.lock_file).touch()
             lock.acquire(timeout=0)
-            for half in (*folder.glob(".*.half"), *folder.glob("repeat_*/.*.half")):
-                half.unlink()  # of killed runs
+            for place in ("", "repeat_*/", "tuning/", "tuning/*/repeat_*/"):
+                for half in folder.glob(f"{place}.*.half"):
+                    half.unlink()  # of killed runs
     except filelock.Timeout as error:
         raise UserError(f"Another run is writing to {folder}: wait for its end, or give another "
                         f"--output_dir.") from error
@@ -2557,6 +2557,7 @@ def load_checkpoint(path):
             content["targets"] = {t: (lows[t], lows[t] + content["scales"][t])
                                   for t in content.get("targets", TARGETS)}
         content["args"].setdefault("image_size", None)
+        content.setdefault("prompts", [])
         return content | {"path": name}
     except Exception as error:  # zip, pickle and tensor errors all mean the same to a user
         reason = (str(error).strip() or repr(error)).splitlines()[0][:200]

@@ -83,6 +83,18 @@ def test_prompts_that_the_other_run_was_trained_on_are_said(train, build, capsys
         capsys.readouterr().out)
 
 
+def test_a_checkpoint_that_does_not_know_its_prompts_is_a_start(train, build, capsys):
+    """One of an older run lacks their hashes and the image size; it starts the same."""
+    folder = train("--freeze_clip", "--epochs", 1, out="source").folder
+    content = load(folder)
+    del content["prompts"], content["args"]["image_size"]
+    torch.save(content, folder / "older.pt")
+    one, two = (build("--freeze_clip", "--seed", 43, "--init_from", folder / name, out=name[:4])
+                for name in ("baseline_last.pt", "older.pt"))
+    assert same_tensors(one.scorer.trained_state(), two.scorer.trained_state())
+    assert capsys.readouterr().out.count("WARNING: --init_from leaks") == 1  # it cannot know
+
+
 @pytest.mark.parametrize("more, named", [
     (["--partial_freeze", "--freeze_layers", 3], "--freeze_layers 3 (there 2)"),
     ([*PARTIAL, "--use_two_branch"], "--use_two_branch True (there False)"),
