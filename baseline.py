@@ -3080,12 +3080,10 @@ def set_test_aside(args, table):
     if scored < 2:
         raise UserError(f"--tune needs a test part with scores, but --split_column "
                         f"{args.split_column} has {scored} such rows: name some rows test.")
-    column = table.frame.get("part", pd.Series("train", table.frame.index)).to_numpy(object)
-    tables = []
-    for part in ("none", "test"):
-        column[test] = part
-        tables.append(replace(table, frame=table.frame.assign(part=column)))
-    return tables
+    given = table.frame.get("part", pd.Series("train", table.frame.index)).to_numpy(object)
+    tested = np.isin(np.arange(len(given)), test)
+    return [replace(table, frame=table.frame.assign(part=np.where(tested, part, given)))
+            for part in ("none", "test")]
 
 
 def try_flags(args, table, stage, number, flags):

@@ -153,6 +153,20 @@ def test_tune_wants_a_test_part_of_a_split_column(refused, data, tmp_path, part,
     assert "--split_column split has 0 such rows" in said
 
 
+def test_the_test_part_of_a_split_column_is_the_one_that_is_tested(train, data, tmp_path):
+    """Its rows are in no candidate; those of train and val stay where the column says."""
+    parts = ["train", "train", "val", "test"]
+    rows = [row | {"split": parts[i // 4 % 4]} for i, row in enumerate(data.rows)]
+    csv = write_csv(tmp_path / "split.csv", rows, ["name", "prompt", "mos_quality", "mos_align",
+                                                   "split"])
+    run = train("--tune", "--freeze_clip", "--lr", 1e-2, "--epochs", 1, "--split_column", "split",
+                "--data_csv_path", csv)
+    counts = [sum(row["split"] == part for row in rows) for part in ("train", "val", "test")]
+    assert [run.row[f"images_{part}"] for part in ("train", "val", "test")] == counts
+    first = read_json(run.folder / "tuning/baseline_0/repeat_42/result.json")
+    assert [first[f"images_{part}"] for part in ("train", "val", "test")] == [*counts[:2], 0]
+
+
 def test_the_picture_shows_every_candidate(train, monkeypatch):
     """tuning.png is drawn unless --no_plots is given."""
     fake_splits(monkeypatch, lambda args, split: 0.5)
