@@ -914,13 +914,16 @@ class Tower:
 
         Raises UserError where the two halves are not the whole.
         """
+        if self.frozen == "all":
+            self.encoder.requires_grad_(False)
+            return
         x = ids = self.encoder.example
         if x.is_floating_point():  # two pictures unlike the blank one that the suffix walks with
             x, ids = torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)), None
         parameters = [p for p in self.encoder.parameters() if p.requires_grad]
         with torch.no_grad():
             whole = self.encode(x)
-        gated = self.blocks[:self.frozen] if isinstance(self.frozen, int) else []
+        gated = self.blocks[:self.frozen or 0]
         for block in gated:
             block.forward = self.gate(block.forward, block is gated[-1])
         with torch.enable_grad():
@@ -1546,36 +1549,32 @@ def fit(run):
     """Train from run.progress's epoch to the last one, keeping the best and the last checkpoint."""
     args, progress = run.args, run.progress
     patience = args.early_stopping_patience or math.inf
-    if "best_epoch" not in progress:  # epoch 0 is a candidate for the best
-        values = evaluate(run, "val")[1]
-        score = selection_score(values, args)
-        progress |= {"best_epoch": 0, "best_score": score, "reference": score}
-        floors = "; ".join(f"{name} " + " / ".join(
-            f"{measured[f'srocc_{t}']:.4f}" for t in run.table.targets)
-            for name, measured in floor_metrics(run, "val").items())
-        sroccs = "  ".join(f"SROCC_{t.upper()} {values[f'srocc_{t}']:.4f}"
-                           for t in run.table.targets)
-        print(f"epoch   0  before training: val {sroccs}   floors: {floors}")
-        save_checkpoint(run, best=True)
-    while progress["epoch"] < args.epochs and progress["waited"] < patience:
-        began, epoch = time.perf_counter(), progress["epoch"] + 1
-        row = {f"train_{name}": value for name, value in train_one_epoch(run, epoch).items()}
-        rate = len(run.parts["train"]) / (time.perf_counter() - began)
-        values = evaluate(run, "val")[1]
-        score = selection_score(values, args)
-        better = score > progress["best_score"]
-        progress |= {"epoch": epoch, "waited": progress["waited"] + 1}
-        if score > progress["reference"] + args.early_stopping_min_delta:  # small gains add up
-            progress |= {"reference": score, "waited": 0}
-        progress |= {"best_epoch": epoch, "best_score": score} if better else {}
-        row |= {f"val_{name}": value for name, value in values.items()}
-        row |= {"epoch": epoch, "best": progress["best_score"],
-                "lr": run.optimizer.param_groups[0]["lr"],  # of CLIP, or of the heads alone
-                "seconds": time.perf_counter() - began}
-        progress["log"].append({name: row[name] for name in LOG_COLUMNS if name in row})
-        print_epoch(row, rate, better)
-        save_checkpoint(run, better)
-        write_log(run)
+    with saving(run) as save:
+        if "best_epoch" not in progress:  # epoch 0 is a candidate for the best
+            values = evaluate(run, "val")[1]
+            score = selection_score(values, args)
+            progress |= {"best_epoch": 0, "best_score": score, "reference": score}
+            save(best=True)
+            print_start(run, values)
+        while progress["epoch"] < args.epochs and progress["waited"] < patience:
+            began, epoch = time.perf_counter(), progress["epoch"] + 1
+            row = {f"train_{name}": value for name, value in train_one_epoch(run, epoch).items()}
+            rate = len(run.parts["train"]) / (time.perf_counter() - began)
+            values = evaluate(run, "val")[1]
+            score = selection_score(values, args)
+            better = score > progress["best_score"]
+            progress |= {"epoch": epoch, "waited": progress["waited"] + 1}
+            if score > progress["reference"] + args.early_stopping_min_delta:  # small gains add up
+                progress |= {"reference": score, "waited": 0}
+            progress |= {"best_epoch": epoch, "best_score": score} if better else {}
+            row |= {f"val_{name}": value for name, value in values.items()}
+            row |= {"epoch": epoch, "best": progress["best_score"],
+                    "lr": run.optimizer.param_groups[0]["lr"],  # of CLIP, or of the heads alone
+                    "seconds": time.perf_counter() - began}
+            progress["log"].append({name: row[name] for name in LOG_COLUMNS if name in row})
+            save(better)
+            print_epoch(row, rate, better)
+            write_log(run)
     if progress["waited"] >= patience:
         print(f"early stopping: no gain of {args.early_stopping_min_delta:g} in "
               f"{progress['waited']} epochs")
@@ -2453,24 +2452,54 @@ def description(run):
             "identity": run.identity, "split": split_hash(run), "targets": table.targets}
 
 
-def save_checkpoint(run, best):
-    """Write baseline_last.pt: what was trained, and all that an exact resume needs.
+def on_the_cpu(value):
+    """Return a copy of nested dicts and lists, their tensors on the CPU."""
+    if isinstance(value, dict):
+        return {key: on_the_cpu(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(on_the_cpu, value))
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+
+
+def snapshot(run):
+    """Return the content of a checkpoint: what was trained, and all that an exact resume needs."""
+    return on_the_cpu(description(run) | {
+        "format": FORMAT, "version": FORMAT_VERSION, "data": data_hash(run.table),
+        "prompts": prompt_hashes(run.table, run.parts["train"]),
+        "state": run.scorer.trained_state(), "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(), "progress": run.progress, "processes": WORLD})
+
+
+@contextlib.contextmanager
+def saving(run):
+    """Yield save(best), which writes a snapshot by a thread; the last is whole when the block ends.
+
+    It waits for the one before, so that a kill costs one epoch at most.
+    """
+    before = []
+
+    def save(best):
+        for future in before:
+            future.result()  # raises what writing it has raised
+        before[:] = [disk.submit(write_checkpoint, run.args.output_dir, snapshot(run), best)
+                     ] if RANK == 0 else []
+
+    with ThreadPoolExecutor(1) as disk:
+        yield save
+        for future in before:
+            future.result()
+
+
+def write_checkpoint(folder, content, best):
+    """Write a snapshot to baseline_last.pt.
 
     best: whether it is baseline_best.pt as well, which is then the same file on disk. That one gets
     its name first: killed in between, the run repeats the epoch, and finds the same again.
     """
-    if RANK:
-        return
-    content = description(run) | {
-        "format": FORMAT, "version": FORMAT_VERSION, "data": data_hash(run.table),
-        "prompts": prompt_hashes(run.table, run.parts["train"]),
-        "state": {k: v.detach() for k, v in run.scorer.trained_state().items()},
-        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
-        "progress": run.progress, "processes": WORLD}
-    last, top = (Path(run.args.output_dir, f"baseline_{name}.pt") for name in ("last", "best"))
+    last, top = (Path(folder, f"baseline_{name}.pt") for name in ("last", "best"))
     with writing(top if best else last) as half:
         try:
-            torch.save(content, half)  # by its path: a signal inside of a Python file would be lost
+            torch.save(content, half)
         except RuntimeError as error:  # torch does not say why it cannot write: the disk does
             with open(half, "ab") as file:
                 file.write(bytes(2 ** 20))
@@ -2703,6 +2732,15 @@ def print_setup(args, table, parts, scorer, device):
     if (args.use_two_branch or args.use_refinement) and not args.no_residual_learning:
         print("WARNING: --use_two_branch and --use_refinement together with residual learning are "
               "not recommended by the reference card; they work")
+
+
+def print_start(run, values):
+    """Print validation's metrics before training beside its floors."""
+    targets = run.table.targets
+    floors = "; ".join(f"{name} " + " / ".join(f"{of[f'srocc_{t}']:.4f}" for t in targets)
+                       for name, of in floor_metrics(run, "val").items())
+    sroccs = "  ".join(f"SROCC_{t.upper()} {values[f'srocc_{t}']:.4f}" for t in targets)
+    print(f"epoch   0  before training: val {sroccs}   floors: {floors}")
 
 
 def print_epoch(row, rate, better):

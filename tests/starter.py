@@ -76,6 +76,8 @@ def strike(number, place, call=1, name=""):
             half = file if function == "save" else args[0]
             os.truncate(half, os.path.getsize(half) // 2)
         signal.raise_signal(number)
+        if threading.current_thread() is not threading.main_thread():
+            raise KeyboardInterrupt  # what the main thread gets, wherever it is
     setattr(owner, function, struck)
 
 

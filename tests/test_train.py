@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -343,6 +344,24 @@ def assert_same_run(a, b):
     assert logs[0] == logs[1]
     assert without(read_json(a / "result.json")) == without(read_json(b / "result.json"))
     assert (a / "val_predictions.csv").read_bytes() == (b / "val_predictions.csv").read_bytes()
+
+
+def test_a_checkpoint_is_written_while_the_next_epoch_trains(train, monkeypatch):
+    """A slow disk holds up no epoch, and the weights that it gets are those of the epoch's end."""
+    command = [*PARTIAL, "--lr", 1e-3, "--epochs", 3]
+    whole, going_on = train(*command, out="whole"), threading.Event()
+    save, update, waited = torch.save, baseline.update, []
+
+    def slow(*args):
+        epoch = args[0]["progress"]["epoch"]
+        going_on.clear()
+        waited.append((epoch, epoch == 3 or going_on.wait(20)))
+        save(*args)
+    monkeypatch.setattr(torch, "save", slow)
+    monkeypatch.setattr(baseline, "update", lambda *args: (update(*args), going_on.set()))
+    slowed = train(*command, out="slow")
+    assert waited == [(epoch, True) for epoch in range(4)]
+    assert_same_run(whole.folder, slowed.folder)
 
 
 @pytest.mark.parametrize("command, name, again", [
