@@ -234,3 +234,27 @@ def test_what_is_cached_leaves_the_gpu(build, monkeypatch, mode, more, gone):
     for part in ("train", "val"):
         assert baseline.evaluate(run, part)[0].notna().all(axis=None)
     baseline.train_one_epoch(run, 1)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "partial", "full"])
+def test_the_memory_of_a_step_is_said_at_the_start(build, capsys, mode):
+    """It is what weights, gradients, AdamW and a forward pass of a whole batch really take."""
+    run = build(*MODES[mode], "--batch_size", 16)
+    baseline.print_setup(run.args, run.table, run.parts, run.scorer, CUDA)
+    said = float(capsys.readouterr().out.split("GPU memory of a step: about ")[1].split(" MB")[0])
+    saved = {}
+    pixels, ids = (run.scorer.towers[name].encoder.example for name in ("image", "text"))
+    pixels, ids = pixels.repeat(16, 1, 1, 1), ids.repeat(16, 1)
+    with torch.no_grad():
+        image, text = run.scorer.towers["image"].prefix(pixels), run.texts.tower.prefix(ids)
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
+        run.scorer.train()(image, text, ids, torch.arange(16))
+    for parameter in (own := [*run.scorer.parameters()]):
+        saved.pop(parameter.untyped_storage()._cdata, None)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    run.optimizer.step()
+    moments = [t for state in run.optimizer.state.values() for t in state.values()]
+    taken = sum(t.untyped_storage().nbytes() for t in (
+        *own, *(p.grad for p in own if p.requires_grad), *moments, *saved.values())) / 1e6
+    assert said == pytest.approx(taken, rel=0.15), mode
