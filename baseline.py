@@ -1842,10 +1842,11 @@ def tokenize(tokenizer, texts, what):
     return tokenizer(texts, context_length=context)
 
 
-def ahead(function, items, threads):
+def ahead(function, items, threads, turns=False):
     """Yield function(item) in order; threads work ahead, by one item more than there are of them.
 
-    At most one thread per core; Pillow and copies let the others run meanwhile.
+    At most one thread per core; Pillow and copies let the others run meanwhile. turns: they rest
+    while the caller computes on the same cores, whose threads would have to wait for each other.
     """
     threads = min(threads, max(1, (os.cpu_count() or 1) // LOCAL_WORLD))
     if not threads:
@@ -1855,7 +1856,9 @@ def ahead(function, items, threads):
     try:
         for item in items:
             pending.append(pool.submit(function, item))
-            if len(pending) > threads + 1:
+            if len(pending) == threads and turns:
+                yield from [pending.popleft().result() for _ in range(threads)]
+            elif len(pending) > threads + 1:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -2036,7 +2039,8 @@ class ImageInputs:
 
     def images(self, batches):
         """Yield the decoded uint8 images of arrays of row numbers, on the CPU."""
-        for images, errors in ahead(self.decode, batches, self.args.num_workers):
+        for images, errors in ahead(self.decode, batches, self.args.num_workers,
+                                    self.device.type == "cpu"):
             for row, reason in errors.items():
                 raise UserError(f"Every image must be readable, but {self.decode.paths[row]} (CSV "
                                 f"row {self.csv_rows[row]}) is not ({reason}): replace the file, "
@@ -3668,7 +3672,8 @@ class Scorer(nn.Module):
         index, texts = self.texts(prompts, len(images))
         files = all(isinstance(image, (str, os.PathLike)) for image in images)
         stream = ahead(Decoder(images, self.identity["preprocess"]), steps,
-                       self.args.num_workers * files)  # threads must not share an open picture
+                       self.args.num_workers * files,  # threads must not share an open picture
+                       texts.device.type == "cpu")
         for rows, (pixels, errors) in progress_bar(zip(steps, stream), "score", len(steps)):
             out = self.outputs(pixels.to(texts.device), texts[index[rows]])
             pred = pd.DataFrame({name: out[name].cpu() for name in PREDICTIONS}, rows)

@@ -326,7 +326,8 @@ def compare(options, case, csv, folder, first):
 def score_rates(options, csv, folder):
     """Print the images per second of --predict, of its bare forward and of a plain loop.
 
-    The bare forward has decoded images and embedded prompts at hand; the plain loop has open_clip's
+    The bare forward has decoded images and token ids at hand, and runs what scoring needs of both
+    towers: the prefix once, the suffix before and after training. The plain loop has open_clip's
     default model and one image and prompt at a time, as most scoring scripts do.
     """
     argv = [*flags(options, "partial_freeze", csv, folder), "--epochs", "1", "--no_plots"]
@@ -341,12 +342,17 @@ def score_rates(options, csv, folder):
     steps = baseline.batches_of(len(paths), options.batch_size)
     decode = baseline.Decoder(paths, scorer.identity["preprocess"])
     pixels = [decode(rows)[0] for rows in steps]
-    index, texts = scorer.texts(prompts, len(paths))
+    index, unique = pd.factorize(np.array(prompts, dtype=object))
+    ids = baseline.TextInputs(scorer.towers[0]["text"], scorer.tokenizer, scorer.identity,
+                              scorer.args, scorer.model.pixel_mean.device, "prompts", list(unique))
+    index = torch.from_numpy(index).to(ids.device)
     clip, _, preprocess = open_clip.create_model_and_transforms(options.clip_model)
     tokenizer = open_clip.get_tokenizer(options.clip_model)
 
     @torch.no_grad()
     def bare():
+        texts = torch.cat([scorer.embed("text", x, each) for x, each, _ in
+                           ids.stream(baseline.batches_of(len(unique), 64))])
         for rows, images in zip(steps, pixels):
             scorer.outputs(images.to(index.device), texts[index[rows]])
 

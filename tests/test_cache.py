@@ -66,8 +66,11 @@ def test_cached_runs_equal_uncached_ones(numbers, tmp_path, clip, more):
     assert same(numbers("--lr", 1e-5, *more, out="on", clip=clip), off)
 
 
-def test_threads_decode_in_order_and_at_most_some_batches_ahead(train, monkeypatch):
-    """However long an image takes, two threads give what none gives, a few batches ahead."""
+def test_threads_decode_in_order_and_take_turns_with_a_cpu(train, monkeypatch):
+    """However long an image takes, two threads give what none gives; a CPU's arithmetic is alone.
+
+    They decode two batches, rest while these two are trained on, and decode the next two.
+    """
     more = ["--cache", "off", "--batch_size", 4, "--epochs", 1]
     alone = train(*more, out="alone")
     begun, seen, load_image, update = [], [], baseline.load_image, baseline.update
@@ -85,8 +88,23 @@ def test_threads_decode_in_order_and_at_most_some_batches_ahead(train, monkeypat
     monkeypatch.setattr(baseline, "update", look)
     two = train(*more, "--num_workers", 2, out="two")
     assert same_tensors(load(alone.folder)["state"], load(two.folder)["state"])
-    assert len(seen) == 7 and seen[0] > 4 and seen[-1] == 28
-    assert all(count <= 4 * (step + 4) for step, count in enumerate(seen))  # 2 threads, 1 more
+    assert seen == [8, 8, 16, 16, 24, 24, 28]
+
+
+def test_threads_work_some_items_ahead_of_a_gpu():
+    """In order, however long each takes, by one item more than there are threads."""
+    begun, seen = [], []
+
+    def slow(item):
+        begun.append(item)
+        time.sleep(0.01 * (item % 2))
+        return item
+
+    for item in baseline.ahead(slow, range(8), 2):
+        time.sleep(0.1)
+        seen.append((item, len(begun)))
+    assert [item for item, _ in seen] == [*range(8)] and seen[0][1] > 1
+    assert all(count <= item + 4 for item, count in seen)
 
 
 def test_an_error_in_a_thread_ends_the_run(train, monkeypatch):

@@ -83,7 +83,7 @@ def on_cuda(monkeypatch, memory=2 ** 40):
         patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (memory, memory))
-        patch.setattr(baseline, "ahead", lambda function, items, threads: map(function, items))
+        patch.setattr(baseline, "ahead", lambda function, items, *_: map(function, items))
         yield watch
 
 
