@@ -3359,9 +3359,9 @@ def picture(path, rows, columns, size):
     """Yield (rows, columns) axes of a figure that is then written to `path` as PNG."""
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # fonts that are not here
-    with pyplot.rc_context({"font.family": FONTS}), warnings.catch_warnings(action="ignore"):
+    from matplotlib import font_manager, pyplot
+    here = [font for font in FONTS if font in font_manager.get_font_names()]  # others take time
+    with pyplot.rc_context({"font.family": here}), warnings.catch_warnings(action="ignore"):
         figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained",
                                        squeeze=False)
         yield axes
