@@ -2801,29 +2801,15 @@ def bootstrap(preds, mos, groups, draws=1000):
     Davison and Hinkley, 1997). preds: {name: (n,)}; mos, groups: (n,). A constant draw has none,
     and a single prompt has no spread: all NaN.
     """
-    rng, group = np.random.default_rng(0), np.unique(groups, return_inverse=True)[1]
-    count = group.max() + 1
-    if count < 2:
-        return pd.DataFrame(math.nan, range(draws), list(preds))
-    times = np.stack([np.bincount(rng.integers(count, size=count), minlength=count)[group]
-                      for _ in range(draws)])  # (draws, n): an image stands in a draw
-
-    def ranks(values):
-        """Return the draws' mid-ranks of the values, around their mean."""
-        distinct, place = np.unique(values, return_inverse=True)
-        starts = np.searchsorted(np.sort(place), np.arange(len(distinct)))
-        tied = np.add.reduceat(times[:, np.argsort(place)], starts, axis=1)
-        middle = tied.cumsum(axis=1) - (tied - 1) / 2 - (times.sum(axis=1, keepdims=True) + 1) / 2
-        return middle[:, place]
-
-    human, sroccs = ranks(mos), {}
-    size = (times * human ** 2).sum(axis=1)
-    for name, pred in preds.items():
-        ours = ranks(pred)
+    rng, names = np.random.default_rng(0), list(preds)
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    values, sroccs = np.column_stack([*preds.values(), mos]), np.full((draws, len(names)), math.nan)
+    for draw in range(draws) if len(members) > 1 else ():
+        rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
         with np.errstate(invalid="ignore", divide="ignore"):
-            sroccs[name] = (times * ours * human).sum(axis=1) / np.sqrt(
-                size * (times * ours ** 2).sum(axis=1))
-    return pd.DataFrame(sroccs)
+            ranks = scipy.stats.rankdata(values[rows], axis=0)
+            sroccs[draw] = np.corrcoef(ranks, rowvar=False)[-1, :-1]
+    return pd.DataFrame(sroccs, columns=names)
 
 
 def results(run):
