@@ -2234,11 +2234,9 @@ def calibrate(scorer, f, t, s0, table, train):
     """Start the base where CLIP already is (linear probing first: Kumar et al., ICLR 2022).
 
     Quality: the sigmoid that has value and slope of a ridge on f where that gives the mean MOS, so
-    that both rank alike. Consistency: least squares on cosine and quality; of two branches, on the
-    logit that brings their mean to the MOS. Where the image tower is frozen it is the quality of
-    rows that the ridge did not see (stacking: Wolpert, 1992), so that one that knows its training
-    rows by heart is not trusted too much. A tower that trains will know quality better than that,
-    about as well as the ridge knows its own rows.
+    that both rank alike. Consistency: least squares on the cosine and the quality of rows that the
+    ridge did not see (stacking: Wolpert, 1992), so that one that knows its training rows by heart
+    is not trusted too much; of two branches, on the logit that brings their mean to the MOS.
     Residuals that have learned already (--init_from) leave less MOS to fit.
     f, t: (N, D) embeddings; s0: (N,) cosines. A target without scores leaves its base as it is.
     """
@@ -2253,8 +2251,7 @@ def calibrate(scorer, f, t, s0, table, train):
         scorer.quality.base.weight.copy_((slope * weights / scorer.quality.input_scale)[None])
         scorer.quality.base.bias.copy_(torch.logit(mean) + slope * bias)
         quality = x @ weights + bias
-        if scorer.towers["image"].frozen == "all":
-            quality[rows] = unseen - mean
+        quality[rows] = unseen - mean
         quality = torch.sigmoid(torch.logit(mean) + slope * quality)
     if "c" in table.targets:
         rows, mos, _ = training_scores(table.frame, "c", train, x)

@@ -157,15 +157,15 @@ def test_the_ridge_is_fitted_to_what_generalises_over_groups():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_base_starts_at_a_least_squares_plane_and_keeps_its_cosine(build, reference, mode):
-    """Consistency starts on the cosine, which stays, and on quality: unseen where CLIP is frozen."""
+    """Consistency starts on the cosine, which stays, and on unseen quality."""
     run = build(*MODES[mode], "--lr", 1e-3)
     train, val, frame = run.parts["train"], run.parts["val"], run.table.frame
     groups = np.unique(frame["group_id"].iloc[train], return_inverse=True)[1]
     mos = frame["q"].iloc[train].to_numpy(np.float64)
-    quality, mean = fit(reference.f[train], mos, groups)[2 if mode == "frozen" else 1], mos.mean()
-    quality = logit(mean) + (quality - mean) / (mean * (1 - mean))
+    unseen, mean = fit(reference.f[train], mos, groups)[2], mos.mean()
+    unseen = logit(mean) + (unseen - mean) / (mean * (1 - mean))
     cosine, ones, start = (reference.s + 1) / 2, np.ones(36), run.floors["start"]["q"]
-    x = np.column_stack([cosine[train], 1 / (1 + np.exp(-quality)), ones[train]])
+    x = np.column_stack([cosine[train], 1 / (1 + np.exp(-unseen)), ones[train]])
     plane = np.linalg.lstsq(x, frame["c"].iloc[train], rcond=None)[0]
     assert run.scorer.consistency.affine.tolist() == pytest.approx(plane[[0, 2, 1]], rel=1e-2)
     pred = baseline.evaluate(run, "val")[0]
