@@ -54,8 +54,9 @@ def parse_args():
     parser.add_argument("--batch_size", type=int, default=32, help="images per step")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of towers")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
-    parser.add_argument("--cases", nargs="*", choices=[*CASES, "predict"], default=list(CASES),
-                        help="what to time; predict: scoring by a partly trained tower")
+    parser.add_argument("--cases", nargs="*", choices=[*CASES, "predict", "tune"],
+                        default=list(CASES), help="what to time; predict: scoring by a partly "
+                        "trained tower; tune: the whole flow of --tune, two epochs each")
     parser.add_argument("--num_workers", type=int, default=2,
                         help="decoding threads, of (b) processes")
     parser.add_argument("--whole", action="store_true",
@@ -377,6 +378,54 @@ def score_rates(options, csv, folder):
           flush=True)
 
 
+def tuning_flow(options, csv, folder):
+    """Time --tune, and what its candidates take as commands of their own with the plain loop.
+
+    The plain loop's epoch and validation are timed once for each number of frozen blocks; start-up
+    is not counted against it. What a later candidate costs beside its epochs is printed, too.
+    """
+    argv = [*flags(options, "partial_freeze", csv, folder), "--epochs", "2", "--no_plots",
+            "--test_ratio", "0.2"]
+    lines, began = [], time.perf_counter()
+    with subprocess.Popen([sys.executable, "-u", baseline.__file__, *argv, "--tune"],
+                          stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            lines.append((time.perf_counter() - began, line.strip()))
+    whole = time.perf_counter() - began
+    moments = [(moment, line) for moment, line in lines if line.startswith(("===", "stage "))]
+    place, logs = Path(folder, "partial_freeze"), {}
+    for log in place.glob("tuning/*/repeat_*/training_log.csv"):
+        logs[log.parts[-3].replace("_", " ")] = pd.read_csv(log)["seconds"].sum()
+    seen, beside = {}, []
+    for (start, line), (end, _) in zip(moments, moments[1:]):
+        if "does not apply" not in line:
+            stage = line.removeprefix("=== ").split(":")[0]
+            seen[stage] = seen.get(stage, -1) + 1
+            beside.append(end - start - logs[f"{stage} {seen[stage]}"])
+    plain = {}
+    for candidate in pd.read_csv(place / "tuning.csv", keep_default_na=False)["flags"]:
+        words = candidate.split()
+        depth = (int(words[len(words) - words[::-1].index("--freeze_layers")])
+                 if "--freeze_layers" in words else options.freeze_layers)
+        if depth not in plain:
+            plain[depth] = in_process(plain_epoch, options, argv, depth)
+        plain.setdefault("all", []).append(2 * plain[depth])
+    loop = plain.pop("all")
+    print(f"\n--tune, {len(loop)} candidates of two epochs: {whole:.0f} s; the same with the plain "
+          f"loop: {sum(loop):.0f} s, {sum(loop) / whole:.1f}x (an epoch and validation by frozen "
+          f"blocks: {', '.join(f'{depth}: {each:.1f} s' for depth, each in plain.items())})\n"
+          f"a candidate beside its epochs, s: {', '.join(f'{each:.1f}' for each in beside)}",
+          flush=True)
+
+
+def plain_epoch(options, argv, depth):
+    """Return the seconds of an epoch and a validation of the plain loop."""
+    args = baseline.parse_args([*argv, "--freeze_layers", str(depth)])
+    with contextlib.redirect_stdout(io.StringIO()):
+        plain = PlainLoop(baseline.set_up(args, baseline.load_table(args), args.seed), options)
+    return timed(plain.epoch) + timed(plain.validate)
+
+
 def whole_commands(options, csv, folder, plain):
     """Time `--freeze_clip --epochs 10` as whole commands, cold and again, start-up included.
 
@@ -442,6 +491,8 @@ def main():
             plain[case] = in_process(compare, options, case, csv, folder, first)
         if "predict" in options.cases:
             in_process(score_rates, options, csv, folder)
+        if "tune" in options.cases:
+            tuning_flow(options, csv, folder)
         if options.whole:
             whole_commands(options, csv, folder, plain["freeze_clip"])
         if options.growth:
