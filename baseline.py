@@ -1584,7 +1584,6 @@ def fit(run):
             progress["log"].append({name: row[name] for name in LOG_COLUMNS if name in row})
             save(better)
             print_epoch(row, rate, better)
-            write_log(run)
     if progress["waited"] >= patience:
         print(f"early stopping: no gain of {args.early_stopping_min_delta:g} in "
               f"{progress['waited']} epochs")
@@ -2495,7 +2494,7 @@ def saving(run):
     def save(best):
         for future in before:
             future.result()  # raises what writing it has raised
-        before[:] = [disk.submit(write_checkpoint, run.args.output_dir, snapshot(run), best)
+        before[:] = [disk.submit(write_checkpoint, run.args, snapshot(run), best)
                      ] if RANK == 0 else []
 
     with ThreadPoolExecutor(1) as disk:
@@ -2504,13 +2503,13 @@ def saving(run):
             future.result()
 
 
-def write_checkpoint(folder, content, best):
-    """Write a snapshot to baseline_last.pt.
+def write_checkpoint(args, content, best):
+    """Write a snapshot to baseline_last.pt, and then its log.
 
     best: whether it is baseline_best.pt as well, which is then the same file on disk. That one gets
     its name first: killed in between, the run repeats the epoch, and finds the same again.
     """
-    last, top = (Path(folder, f"baseline_{name}.pt") for name in ("last", "best"))
+    last, top = (Path(args.output_dir, f"baseline_{name}.pt") for name in ("last", "best"))
     with writing(top if best else last) as half:
         try:
             torch.save(content, half)
@@ -2526,6 +2525,8 @@ def write_checkpoint(folder, content, best):
                 os.link(top, half)
             except OSError:  # a disk that knows no second names
                 shutil.copyfile(top, half)
+    if content["progress"]["log"]:
+        write_log(args, content["progress"]["log"])
 
 
 def save_text(path, text):
@@ -2535,10 +2536,10 @@ def save_text(path, text):
             half.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
-def write_log(run):
+def write_log(args, rows):
     """Write the log: one row per epoch, the rows that the checkpoint also holds."""
-    log = pd.DataFrame(run.progress["log"], columns=LOG_COLUMNS)
-    save_text(Path(run.args.output_dir, run.args.log_csv), log.to_csv(index=False))
+    log = pd.DataFrame(rows, columns=LOG_COLUMNS)
+    save_text(Path(args.output_dir, args.log_csv), log.to_csv(index=False))
 
 
 def split_hash(run):
@@ -2668,7 +2669,7 @@ def resume(run, content):
     if RANK == 0 and not (kept.exists() and kept.samefile(best)):
         with writing(kept) as half:
             shutil.copyfile(best, half)
-    write_log(run)
+    write_log(run.args, run.progress["log"])
     print(f"resumed {path} after epoch {run.progress['epoch']}")
 
 
