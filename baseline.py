@@ -69,8 +69,8 @@ PRESETS = {
 DEMO = dict(data_csv_path=str(HERE / "data/demo/data.csv"),
             image_base_dir=str(HERE / "data/demo/images"),
             clip_model=f"local-dir:{HERE / 'data/demo/clip'}",
-            epochs=8, lr=3e-4, head_lr=1e-3, dropout=0.4, batch_size=16, weight_decay=0.05,
-            num_workers=0)
+            freeze_clip=True, residual_scale_q=0.3, residual_scale_c=0.3, epochs=40, batch_size=64,
+            lr=5e-3, weight_decay=3.0, dropout=0.5, val_ratio=0.25, num_workers=0)
 
 # Flags that only do something together with one of others: {others: flags}.
 DEPENDENT_FLAGS = {
@@ -138,7 +138,7 @@ def build_parser():
     add = parser.add_argument_group("shortcuts").add_argument
     add("-h", "--help", action="help", help="show this help and exit")
     add("--preset", choices=sorted(PRESETS), help="of the reference card; other flags win over it")
-    add("--demo", **on, help="use data/demo: synthetic images, tiny CLIP, its own epochs and lr")
+    add("--demo", **on, help="use data/demo: synthetic images, a tiny frozen CLIP, its own settings")
 
     add = parser.add_argument_group("data").add_argument
     add("--data_csv_path", default="data/data.csv", help="table of images: .csv, .jsonl, .xlsx ..")
@@ -3238,8 +3238,8 @@ SCALE_BY_IMAGES = ((500, 0.1, 0.1), (3000, 0.2, 0.2), (10_000, 0.3, 0.3), (math.
 def settings_advice(args, images, depth, targets=TARGETS):
     """Return rows of (what, evidence, flags) by the card's rules that need no training.
 
-    images: of the training part; depth: of the image tower. The demo is outside these rules, and
-    the few stages of a convolutional trunk are outside the one about depth.
+    images: of the training part; depth: of the image tower; the few stages of a convolutional trunk
+    are outside the rule about it.
     """
     mode = "frozen" if args.freeze_clip else "partial" if args.partial_freeze else "full"
     low, high = LR_RANGES[mode]
@@ -3263,7 +3263,7 @@ def settings_advice(args, images, depth, targets=TARGETS):
          and not depth / 2 <= args.freeze_layers <= depth * 11 / 12,
          f"{args.freeze_layers} of {depth} blocks are frozen; two thirds to five sixths are usual",
          f"--freeze_layers {round(depth * 3 / 4)}")]
-    return [(what, why, flags) for what, fires, why, flags in rows if fires and not args.demo]
+    return [(what, why, flags) for what, fires, why, flags in rows if fires]
 
 
 def remedy(args, up, down):
@@ -3297,7 +3297,7 @@ def training_advice(args, log, row):
                        for t in targets)
     small, large = ({f"residual_scale_{t}": scale for t in targets} for scale in (0.15, 0.3))
     third, frozen, partial = float(f"{args.lr / 3:.2g}"), args.freeze_clip, args.partial_freeze
-    less = {"epochs": max(1, args.epochs // 2)} if frozen else {"lr": third if args.demo else 1e-5}
+    less = {"epochs": max(1, args.epochs // 2)} if frozen else {"lr": 1e-5}
     blocks = {"freeze_layers": max(1, round(depth * 20 / 24))} if depth and not frozen else {}
     rows = [
         ("overfitting", over, f"{gap} (above 0.05 needs work); best epoch {best} of "

@@ -1,9 +1,9 @@
 """Make the demo data: small drawn pictures with scores, and the tiny CLIP that reads them.
 
 Nothing is downloaded. The pictures show coloured shapes drawn after a prompt; some are spoilt
-by blur, noise, JPEG compression or weak contrast, and some show something else than they
-should. The scores follow from what was done to each picture. The CLIP (24 image blocks, 12
-text blocks, 64 channels) is trained here from scratch on other pictures of the same kind.
+by blur, noise or a colour cast, and some show something else than they should. The scores
+follow from what was done to each picture. The CLIP (24 image blocks, 12 text blocks, 64
+channels) is trained here from scratch on other pictures of the same kind.
 
     python data/make_demo.py
 
@@ -25,11 +25,11 @@ from PIL import Image, ImageDraw, ImageFilter
 
 DATA_SEED = 7
 PRETRAIN_SEED = 1234
-NUM_PROMPTS = 80
-IMAGES_PER_PROMPT = 4
-CANVAS = 64          # side of a saved picture in pixels
-OVERSAMPLE = 2       # pictures are drawn larger, then shrunk, to smooth their edges
-CLIP_SIZE = 48       # side of a picture as the CLIP sees it
+NUM_PROMPTS = 400
+IMAGES_PER_PROMPT = 3
+SIDE = 48            # of a saved picture in pixels, which the CLIP sees one to one
+DRAWN = 96           # pictures are drawn larger, then shrunk, to smooth their edges
+CANVAS = 64          # side of a picture in the units of the places and sizes below
 
 COLOURS = {
     "red": (215, 35, 35), "green": (40, 160, 60), "blue": (40, 80, 215),
@@ -40,10 +40,11 @@ BACKGROUNDS = {
     "white": (245, 245, 245), "black": (20, 20, 20), "gray": (130, 130, 130),
     "striped": (200, 200, 200), "checkered": (170, 170, 170),
 }
+PATTERNED = ("striped", "checkered")
 SIZES = {"small": 9, "big": 21, "": 15}
 NUMBERS = {2: "two", 3: "three"}
 LAYOUTS = {"and": "and", "left": "to the left of", "above": "above"}
-QUALITY_WORDS = {"blur": "blurry", "noise": "noisy", "jpeg": "blocky", "contrast": "pale"}
+QUALITY_WORDS = {"blur": "blurry", "noise": "noisy", "dark": "dark", "bright": "bright"}
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,13 @@ def unrelated_scene(rng, scene):
 
 
 # Raters see less of the prompt in a spoilt picture: at worst its consistency loses this share.
-QUALITY_IN_ALIGN = 0.5
+QUALITY_IN_ALIGN = 0.6
 
 # How much of the agreement each fault leaves, when the fault is in the whole picture.
-FAULT_KEEPS = {"colour": 0.4, "shape": 0.65, "size": 0.75, "count": 0.65, "swap": 0.8,
-               "missing": 0.0, "all": 0.0}
+FAULT_KEEPS = {"colour": 0.1, "shape": 0.85, "size": 0.6, "count": 0.95, "swap": 0.95,
+               "missing": 0.25, "all": 0.0}
+
+LEAST_FIT = 0.2   # of a picture that shows nothing of its prompt
 
 
 def agreement(scene, faults):
@@ -197,7 +200,7 @@ def agreement(scene, faults):
             shares[int(index)] *= FAULT_KEEPS[part]
         else:
             whole *= FAULT_KEEPS[part]
-    return float(whole * shares.sum())
+    return float(LEAST_FIT + (1 - LEAST_FIT) * whole * shares.sum())
 
 
 # ---------------------------------------------------------------- drawing
@@ -226,7 +229,7 @@ def draw_thing(rng, draw, thing, x, y, radius):
     radius = radius * rng.uniform(0.9, 1.1)
     tint = np.clip(np.array(COLOURS[thing.colour]) + rng.integers(-14, 15, 3), 0, 255)
     turn = rng.uniform(-0.2, 0.2)
-    x, y, radius = (value * OVERSAMPLE for value in (x, y, radius))
+    x, y, radius = (value * DRAWN / CANVAS for value in (x, y, radius))
     fill = tuple(int(value) for value in tint)
     if thing.shape == "circle":
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
@@ -236,10 +239,9 @@ def draw_thing(rng, draw, thing, x, y, radius):
 
 def draw_background(rng, name):
     """Make the empty picture: one colour, stripes or squares."""
-    side = CANVAS * OVERSAMPLE
     base = np.array(BACKGROUNDS[name]) + rng.integers(-10, 11)
-    rows, columns = np.mgrid[0:side, 0:side] // (4 * OVERSAMPLE)
-    pattern = np.zeros((side, side))
+    rows, columns = np.mgrid[0:DRAWN, 0:DRAWN] // (DRAWN // 16)
+    pattern = np.zeros((DRAWN, DRAWN))
     if name == "striped":
         pattern = rows % 2
     elif name == "checkered":
@@ -272,42 +274,47 @@ def draw_scene(rng, scene):
     things = scene.things * scene.count if len(scene.things) == 1 else scene.things
     for thing, (x, y, radius) in zip(things, places(rng, scene)):
         draw_thing(rng, draw, thing, x, y, radius)
-    return image.resize((CANVAS, CANVAS), Image.Resampling.BOX)
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
 # ---------------------------------------------------------------- quality
 
-# How much of the quality each kind of damage takes at full strength.
-DAMAGE_COSTS = {"blur": 0.95, "noise": 0.95, "jpeg": 0.85, "contrast": 0.75}
+# How much of the quality each kind of damage takes at full strength: on a plain background,
+# and on a patterned one, which hides noise but has edges that blur can wash out.
+DAMAGE_COSTS = {"blur": (0.3, 0.7), "noise": (0.95, 0.5), "dark": (0.95, 0.95),
+                "bright": (0.95, 0.95)}
 
 
 def random_damage(rng):
-    """Draw how strongly a picture is damaged: nothing, one kind or two kinds."""
-    number = int(rng.choice(3, p=(0.15, 0.55, 0.3)))
-    kinds = rng.permutation(list(DAMAGE_COSTS))[:number]
+    """Draw how strongly a picture is damaged: by none to three of blur, noise and bad light."""
+    number = int(rng.choice(4, p=(0.1, 0.3, 0.35, 0.25)))
+    kinds = rng.permutation(["blur", "noise", pick(rng, ("dark", "bright"))])[:number]
     return {str(kind): float(rng.uniform(0.1, 1.0)) for kind in kinds}
 
 
-def remaining_quality(damage):
-    """Say in 0..1 how good a damaged picture still looks."""
-    return float(np.prod([1 - DAMAGE_COSTS[kind] * value for kind, value in damage.items()]))
+def remaining_quality(damage, background):
+    """Say in 0..1 how good a damaged picture still looks: the worst damage decides."""
+    patterned = background in PATTERNED
+    return 1 - max((DAMAGE_COSTS[kind][patterned] * value for kind, value in damage.items()),
+                   default=0.0)
 
 
 def damage_image(rng, image, damage):
-    """Return the JPEG bytes of a picture after weak contrast, blur, noise and compression."""
-    if "contrast" in damage:
-        pixels = np.asarray(image, dtype=np.float32)
-        pixels = 140 + (pixels - 140) * (1 - 0.75 * damage["contrast"])
-        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    """Return the JPEG bytes of a picture after bad light, blur and noise."""
+    pixels = np.asarray(image, dtype=np.float32)
+    if "dark" in damage:
+        pixels = pixels * (1 - 0.75 * damage["dark"])
+    if "bright" in damage:
+        pixels = 255 - (255 - pixels) * (1 - 0.75 * damage["bright"])
+    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     if "blur" in damage:
-        image = image.filter(ImageFilter.GaussianBlur(0.3 + 2.4 * damage["blur"]))
+        image = image.filter(ImageFilter.GaussianBlur(0.4 + 2 * damage["blur"]))
     if "noise" in damage:
-        grain = rng.normal(0, 5 + 45 * damage["noise"], (CANVAS, CANVAS, 3))
+        grain = rng.normal(0, 4 + 36 * damage["noise"], (SIDE, SIDE, 3))
         pixels = np.asarray(image, dtype=np.float32) + grain
         image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    quality = int(round(34 - 30 * damage["jpeg"])) if "jpeg" in damage else 92
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=quality)
+    image.save(buffer, format="JPEG", quality=85)
     return buffer.getvalue()
 
 
@@ -343,18 +350,18 @@ def explain(rng, shown, faults, fit, damage):
 
 def rate(rng, share):
     """Turn a share in 0..1 into a score in 0..5 as noisy raters would give it."""
-    return round(float(np.clip(0.3 + 4.5 * share + rng.normal(0, 0.12), 0, 5)), 3)
+    return round(float(np.clip(0.3 + 4.5 * share + rng.normal(0, 0.08), 0, 5)), 3)
 
 
 def make_row(rng, scene, name):
     """Make one scored picture: its CSV row and its JPEG bytes."""
-    how_many = int(rng.choice(5, p=(0.3, 0.25, 0.2, 0.13, 0.12)))
+    how_many = int(rng.choice(5, p=(0.62, 0.14, 0.04, 0.02, 0.18)))
     shown, faults = spoil_scene(rng, scene, how_many)
     if how_many == 4:
         shown, faults = unrelated_scene(rng, scene), ["all"]
     shown = replace(shown, background=pick(rng, BACKGROUNDS))
     damage = random_damage(rng)
-    fit, quality = agreement(scene, faults), remaining_quality(damage)
+    fit, quality = agreement(scene, faults), remaining_quality(damage, shown.background)
     row = {
         "name": name,
         "prompt": name_scene(scene),
@@ -374,7 +381,7 @@ def write_pictures(folder):
     rows = []
     for scene_number, scene in enumerate(demo_scenes()):
         for copy in range(IMAGES_PER_PROMPT):
-            name = f"demo_{scene_number:02d}_{copy}.jpg"
+            name = f"demo_{scene_number:03d}_{copy}.jpg"
             row, content = make_row(rng, scene, name)
             (images / name).write_bytes(content)
             rows.append(row)
@@ -392,29 +399,35 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 CONFIG = {
     "model_cfg": {
         "embed_dim": 64,
-        "vision_cfg": {"image_size": CLIP_SIZE, "layers": 24, "width": 64, "head_width": 32,
+        "vision_cfg": {"image_size": SIDE, "layers": 24, "width": 64, "head_width": 32,
                        "patch_size": 8},
-        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2,
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 32, "heads": 2,
                      "layers": 12},
     },
-    "preprocess_cfg": {"size": CLIP_SIZE, "mode": "RGB", "mean": list(MEAN), "std": list(STD),
+    "preprocess_cfg": {"size": SIDE, "mode": "RGB", "mean": list(MEAN), "std": list(STD),
                        "interpolation": "bicubic", "resize_mode": "shortest",
                        "fill_color": 0},
 }
 # Blocks are trained in two stages: first every third one, alone, then all of them. The others
 # start as the identity, so the second stage begins where the first one ended.
-STAGES = ({"every": 3, "steps": 500, "lr": 2e-3}, {"every": 1, "steps": 30, "lr": 5e-4})
+STAGES = ({"every": 6, "steps": 1200, "lr": 2e-3}, {"every": 1, "steps": 30, "lr": 5e-4})
 POOL = 16000
 BATCH = 128
-BACKGROUND_NAMED = 0.4   # share of the captions that name the background
-DAMAGE_NAMED = ("blur", "noise", "jpeg")   # the damage that captions name, if there is any
+BACKGROUND_NAMED = 0.8   # share of the captions that name the background
 
 
-def name_damage(damage):
-    """Put the worst damage of a picture into a word; weak contrast has none."""
-    named = {kind: value for kind, value in damage.items() if kind in DAMAGE_NAMED}
-    worst = max(named, key=named.get, default=None)
-    return QUALITY_WORDS[worst] if worst and named[worst] > 0.3 else "clear"
+def name_damage(rng, damage):
+    """Put the damage of a picture into words, as people who describe a picture might."""
+    worst = max(damage.values(), default=0.0)
+    if rng.random() < 0.25 and not 0.33 < worst < 0.66:
+        return "Good photo." if worst < 0.5 else "Bad photo."
+    words = []
+    for kind in QUALITY_WORDS:
+        value = damage.get(kind, 0.0)
+        if value > 0.1:
+            degree = "slightly " if value < 0.4 else "very " if value > 0.7 else ""
+            words.append(degree + QUALITY_WORDS[kind])
+    return f"a {' and '.join(words) or 'clear'} picture"
 
 
 def twin_scenes(rng, banned):
@@ -440,12 +453,10 @@ def pretraining_pool(number):
             damage = random_damage(rng)
             content = damage_image(rng, draw_scene(rng, scene), damage)
             image = Image.open(io.BytesIO(content)).convert("RGB")
-            image = image.resize((CLIP_SIZE, CLIP_SIZE), Image.Resampling.BICUBIC)
             pixels.append(np.asarray(image))
             text = name_scene(scene, with_background=rng.random() < BACKGROUND_NAMED)
-            look = name_damage(damage)
-            looks.append(f"a {look} picture")
-            captions.append(text if look == "clear" else f"{looks[-1]} of {text}")
+            captions.append(text)
+            looks.append(name_damage(rng, damage))
     return np.stack(pixels), captions, looks
 
 
@@ -541,17 +552,24 @@ def train_stage(torch, clip, stage, pixels, tokens, looks, order):
         optimizer.step()
         schedule.step()
         clip.logit_scale.data.clamp_(0, np.log(100))
-        if step % 50 == 0 or step == steps - 1:
+        if step % 25 == 0 or step == steps - 1:
             print(f"step {step:4d}/{steps} loss {loss.item():.3f} {time.time() - began:.0f}s",
                   flush=True)
     for tower, blocks in zip(towers, whole):
         tower.resblocks = blocks
 
 
-def save_clip(torch, clip, folder):
-    """Write the config and the half-precision weights, whole or not at all."""
+def save_clip(torch, clip, seen, folder):
+    """Write the config and the half-precision weights, whole or not at all.
+
+    seen: ids of the tokens in captions. All others get a zero embedding, which compresses well.
+    """
     from safetensors.torch import save_file
 
+    unseen = torch.ones(len(clip.token_embedding.weight), dtype=torch.bool)
+    unseen[seen] = False
+    with torch.no_grad():
+        clip.token_embedding.weight[unseen] = 0
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().half().contiguous()
                for name, value in clip.state_dict().items()}
@@ -571,7 +589,7 @@ def train_clip(folder):
     import open_clip
     import torch
 
-    torch.set_num_threads(2)  # sums depend on how they are split, so the number is fixed
+    torch.set_num_threads(1)  # sums depend on how they are split, so the number is fixed
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(PRETRAIN_SEED)
     order = torch.Generator().manual_seed(PRETRAIN_SEED)
@@ -582,10 +600,10 @@ def train_clip(folder):
         context_length=CONFIG["model_cfg"]["text_cfg"]["context_length"])
     pixels = torch.from_numpy(pixels)
     clip = new_clip(torch, open_clip, to_images(torch, pixels[:512]))
+    tokens, look_tokens = tokenizer(captions), tokenizer(looks)
     for stage in STAGES:
-        train_stage(torch, clip, stage, pixels, tokenizer(captions),
-                    tokenizer(looks), order)
-    save_clip(torch, clip, folder / "clip")
+        train_stage(torch, clip, stage, pixels, tokens, look_tokens, order)
+    save_clip(torch, clip, torch.cat([tokens, look_tokens]).unique(), folder / "clip")
 
 
 def main(argv=None):

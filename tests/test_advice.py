@@ -152,7 +152,7 @@ def test_freeze_layers_unusual(depth, low, high):
 
 RUNS = {**{f"preset {name}": ["--preset", name] for name in baseline.PRESETS}, **FREEZING,
         "shallow": ["--partial_freeze", "--freeze_layers", "1"], "demo": ["--demo"],
-        "demo frozen": ["--demo", "--freeze_clip"],
+        "demo not frozen": ["--demo", "--partial_freeze"],
         "preset not frozen": ["--preset", "A", "--partial_freeze", "--freeze_layers", "3"],
         "direct": ["--no_residual_learning", "--use_two_branch"],
         "refined": ["--use_refinement", "--no_residual_learning"],
