@@ -772,10 +772,9 @@ def load_clip(args, seed, content=None):
     """Build the CLIP with its weights; return (model in eval mode, tokenizer, identity).
 
     identity: what features and checkpoints depend on: model, hash of its weights, quick_gelu,
-    preprocess. seed: of the random weights of --pretrained none. QuickGELU is what the tag was
-    trained with (open_clip itself only warns), what --quick_gelu or the model's own config says.
-    content: of the checkpoint that needs this CLIP, wherever it lies now. The weights must be the
-    same, the rest of the identity is the checkpoint's; an exported one has the weights as well.
+    preprocess. seed: of --pretrained none. QuickGELU is what the tag was trained with (open_clip
+    only warns), what --quick_gelu or the model's config says. content: of the checkpoint that needs
+    this CLIP: its weights must be the same; an exported one has them as well.
     """
     name, pretrained = args.clip_model, args.pretrained
     known, own = (content or {}).get("identity", {}), (content or {}).get("clip")

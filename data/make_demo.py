@@ -1,9 +1,9 @@
 """Make the demo data: small drawn pictures with scores, and the tiny CLIP that reads them.
 
 Nothing is downloaded. The pictures show coloured shapes drawn after a prompt; some are spoilt
-by blur, noise or a colour cast, and some show something else than they should. The scores
-follow from what was done to each picture. The CLIP (24 image blocks, 12 text blocks, 64
-channels) is trained here from scratch on other pictures of the same kind.
+by blur, noise or bad light, and some show something else than they should. The scores follow
+from what was done to each picture. The CLIP (24 image blocks of width 64, 12 text blocks of
+width 32) is trained here from scratch on other pictures of the same kind.
 
     python data/make_demo.py
 
