@@ -138,7 +138,7 @@ def build_parser():
     add = parser.add_argument_group("shortcuts").add_argument
     add("-h", "--help", action="help", help="show this help and exit")
     add("--preset", choices=sorted(PRESETS), help="of the reference card; other flags win over it")
-    add("--demo", **on, help="use data/demo: synthetic images, a tiny frozen CLIP, its own settings")
+    add("--demo", **on, help="use data/demo: synthetic images, a tiny frozen CLIP, own settings")
 
     add = parser.add_argument_group("data").add_argument
     add("--data_csv_path", default="data/data.csv", help="table of images: .csv, .jsonl, .xlsx ..")
