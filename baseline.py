@@ -911,9 +911,10 @@ class Tower:
     def freeze(self):
         """Freeze all but what the suffix alone depends on: backward passes find what that is.
 
-        Raises UserError where the two halves are not the whole.
+        activations: the bytes that a backward pass of one image or text needs, in float32. Raises
+        UserError where the two halves are not the whole.
         """
-        self.activations = 0  # bytes that a backward pass of one image or text needs, in float32
+        self.activations = 0
         if self.frozen == "all":
             self.encoder.requires_grad_(False)
             return
@@ -2719,8 +2720,8 @@ def step_memory(scorer, args):
 
     Half precision takes 0.7 of float32's activations: its normalisation stays in float32.
     """
-    weights, trained = (sum(p.nbytes for p in scorer.parameters() if p.requires_grad or every)
-                        for every in (True, False))
+    weights = sum(p.nbytes for p in scorer.parameters())
+    trained = sum(p.nbytes for p in scorer.parameters() if p.requires_grad)
     activations = args.batch_size * sum(tower.activations for tower in scorer.towers.values())
     return weights + 3 * trained + activations * (1 if args.precision == "fp32" else 0.7)
 
@@ -3346,7 +3347,7 @@ def picture(path, rows, columns, size):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import font_manager, pyplot
-    here = [font for font in FONTS if font in font_manager.get_font_names()]  # others take time
+    here = sorted({*FONTS} & {*font_manager.get_font_names()}, key=FONTS.index)  # others take time
     with pyplot.rc_context({"font.family": here}), warnings.catch_warnings(action="ignore"):
         figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained",
                                        squeeze=False)

@@ -402,17 +402,12 @@ def tuning_flow(options, csv, folder):
             stage = line.removeprefix("=== ").split(":")[0]
             seen[stage] = seen.get(stage, -1) + 1
             beside.append(end - start - logs[f"{stage} {seen[stage]}"])
-    plain = {}
-    for candidate in pd.read_csv(place / "tuning.csv", keep_default_na=False)["flags"]:
-        words = candidate.split()
-        depth = (int(words[len(words) - words[::-1].index("--freeze_layers")])
-                 if "--freeze_layers" in words else options.freeze_layers)
-        if depth not in plain:
-            plain[depth] = in_process(plain_epoch, options, argv, depth)
-        plain.setdefault("all", []).append(2 * plain[depth])
-    loop = plain.pop("all")
-    print(f"\n--tune, {len(loop)} candidates of two epochs: {whole:.0f} s; the same with the plain "
-          f"loop: {sum(loop):.0f} s, {sum(loop) / whole:.1f}x (an epoch and validation by frozen "
+    depths = [baseline.parse_args([*argv, *words.split()]).freeze_layers for words in
+              pd.read_csv(place / "tuning.csv", keep_default_na=False)["flags"]]
+    plain = {depth: in_process(plain_epoch, options, argv, depth) for depth in {*depths}}
+    loop = 2 * sum(plain[depth] for depth in depths)
+    print(f"\n--tune, {len(depths)} candidates of two epochs: {whole:.0f} s; the same with the "
+          f"plain loop: {loop:.0f} s, {loop / whole:.1f}x (an epoch and validation by frozen "
           f"blocks: {', '.join(f'{depth}: {each:.1f} s' for depth, each in plain.items())})\n"
           f"a candidate beside its epochs, s: {', '.join(f'{each:.1f}' for each in beside)}",
           flush=True)

@@ -408,7 +408,7 @@ CONFIG = {
                        "interpolation": "bicubic", "resize_mode": "shortest",
                        "fill_color": 0},
 }
-# Blocks are trained in two stages: first every third one, alone, then all of them. The others
+# Blocks are trained in two stages: first every sixth one, alone, then all of them. The others
 # start as the identity, so the second stage begins where the first one ended.
 STAGES = ({"every": 6, "steps": 1200, "lr": 2e-3}, {"every": 1, "steps": 30, "lr": 5e-4})
 POOL = 16000
