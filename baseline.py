@@ -876,7 +876,7 @@ class Tower:
 
     Both are the encoder's own forward. The last frozen block ends the prefix with its output, and
     starts the suffix by returning what the prefix gave; the frozen blocks before it pass through
-    then, so that one blank image (or the token ids) is enough to walk the embeddings.
+    then, so that one blank image (or the token ids) is enough to walk the embeddings. See walk.
     frozen: None (all trains), a number of blocks, or "all" (the boundary is the embedding then).
     The boundary is what prefix returns: (B, T, W) tokens, (B, 1, W) where only the pooled one goes
     on, (B, ..) of a convolution's stage, or (B, D) embeddings.
@@ -887,7 +887,8 @@ class Tower:
         self.encoder, self.blocks = encoder, find_blocks(encoder)
         encoder.register_buffer("example", example, persistent=False)  # so that it moves along
         self.frozen = min(frozen, len(self.blocks)) if isinstance(frozen, int) else frozen
-        self.boundary = self.pooled_at = None
+        self.boundary = self.pooled_at = self.end = None
+        self.begin = 0
         last = self.blocks[-1] if self.blocks else encoder
         # A causal text tower that pools at the end token reads nothing behind it.
         self.trims = (getattr(encoder, "attn_mask", None) is not None and encoder.cls_emb is None
@@ -906,27 +907,23 @@ class Tower:
         convolves = any(isinstance(module, nn.Conv2d) for module in last.modules())
         self.layout = torch.channels_last if convolves else torch.contiguous_format
         encoder.to(memory_format=self.layout)
-        self.freeze()
+        for i, block in enumerate(self.blocks[:self.frozen or 0] if self.frozen != "all" else ()):
+            block.forward = self.gate(block.forward, i)
 
-    def freeze(self):
-        """Freeze all but what the suffix alone depends on: backward passes find what that is.
+    def halves(self):
+        """Return which parameters the suffix alone depends on, and what its activations take.
 
-        activations: the bytes that a backward pass of one image or text needs, in float32. Raises
-        UserError where the two halves are not the whole.
+        A list of bool, by backward passes; the bytes that one of a single image or text needs, in
+        float32. Raises UserError where the two halves are not the whole.
         """
-        self.activations = 0
         if self.frozen == "all":
-            self.encoder.requires_grad_(False)
-            return
+            return [False for _ in self.encoder.parameters()], 0
         x = ids = self.encoder.example
         if x.is_floating_point():  # two pictures unlike the blank one that the suffix walks with
             x, ids = torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)), None
         parameters = [p for p in self.encoder.parameters() if p.requires_grad]
         with torch.no_grad():
             whole = self.encode(x)
-        gated = self.blocks[:self.frozen or 0]
-        for block in gated:
-            block.forward = self.gate(block.forward, block is gated[-1])
         saved = {}
 
         def save(t):
@@ -938,27 +935,32 @@ class Tower:
                 out = self.suffix(boundary.detach(), ids)
         for weight in parameters:
             saved.pop(weight.untyped_storage()._cdata, None)
-        self.activations = sum(t.untyped_storage().nbytes() for t in saved.values()) / len(x)
         before, after = (depends_on(y, parameters) for y in (boundary, out))
-        for parameter in self.encoder.parameters():
-            parameter.requires_grad_(parameter in after and parameter not in before)
         if not torch.allclose(out, whole, atol=1e-4, equal_nan=True):
             raise UserError(f"--partial_freeze cannot split a {type(self.encoder).__name__} like "
                             f"this after block {self.frozen}: use --freeze_clip, or no freezing.")
+        return ([parameter in after and parameter not in before
+                 for parameter in self.encoder.parameters()],
+                sum(t.untyped_storage().nbytes() for t in saved.values()) / len(x))
 
-    def gate(self, run, last):
-        """Return the forward of a frozen block (see the class); run: its own."""
-        pooled = last and self.pools_early and self.frozen == len(self.blocks)
+    def freeze(self, trains, activations):
+        """Freeze all but what halves found to train."""
+        self.activations = activations
+        for parameter, one in zip(self.encoder.parameters(), trains):
+            parameter.requires_grad_(one)
+
+    def gate(self, run, i):
+        """Return the forward of the frozen block i (see the class); run: its own."""
+        pooled = self.pools_early and i == len(self.blocks) - 1
 
         def forward(x, *args, **kwargs):
-            if self.boundary is None:
+            if i >= self.begin:
                 x = run(x, *args, **kwargs)
-                if last:
-                    raise Reached(x[:, :1] if pooled else x)
-                return x
-            if pooled:
-                return self.boundary.expand(-1, x.shape[1], -1)
-            return self.boundary if last else x
+            elif i == self.begin - 1:
+                x = self.boundary.expand(-1, x.shape[1], -1) if pooled else self.boundary
+            if i + 1 == self.end:
+                raise Reached(x[:, :1] if pooled else x)
+            return x
         return forward
 
     def encode(self, x):
@@ -967,27 +969,29 @@ class Tower:
         out = self.encoder(x)
         return F.normalize((out[0] if isinstance(out, tuple) else out).float(), dim=-1)
 
-    def prefix(self, x):
-        """Run what is frozen: returns the boundary; x itself where nothing is frozen."""
-        if self.frozen is None:
-            return x
+    def walk(self, x, begin, end, ids=None):
+        """Run the encoder from behind `begin` blocks, whose output x is, until behind `end`."""
+        self.boundary = x = x.contiguous(memory_format=self.layout)
+        self.begin, self.end = begin, end
         try:
-            return self.encode(x.contiguous(memory_format=self.layout))
+            return self.encode(x if not begin else self.encoder.example if ids is None else ids)
         except Reached as reached:
             return reached.args[0]
+        finally:
+            self.boundary, self.begin, self.end = None, 0, None
+
+    def prefix(self, x, begin=0):
+        """Run what is frozen: returns the boundary; x itself where nothing is frozen.
+
+        begin: how many blocks x is the output of, of an image tower.
+        """
+        return x if self.frozen is None else self.walk(x, begin, self.frozen)
 
     def suffix(self, boundary, ids=None):
         """Run what trains; returns (B, D) unit-norm embeddings. ids: (B, T) of a text tower."""
         if self.frozen == "all":
             return boundary
-        boundary = boundary.contiguous(memory_format=self.layout)
-        if self.frozen is None:
-            return self.encode(boundary)
-        self.boundary = boundary
-        try:
-            return self.encode(self.encoder.example if ids is None else ids)
-        finally:
-            self.boundary = None
+        return self.walk(boundary, self.frozen or 0, None, ids)
 
     def ends(self, ids):
         """Return (U,) the last place of each text that the tower reads; ids: (U, T)."""
@@ -1069,8 +1073,11 @@ def recomputed(block):
     return forward
 
 
-def make_towers(clip, tokenizer, args):
-    """Return {"image", "text"}: the Towers of a CLIP in eval mode, frozen as the flags say."""
+def make_towers(clip, tokenizer, args, known):
+    """Return {"image", "text"}: the Towers of a CLIP in eval mode, frozen as the flags say.
+
+    known: {(tower, frozen): Tower.halves} of an equal CLIP, which grows.
+    """
     frozen = "all" if args.freeze_clip else args.freeze_layers if args.partial_freeze else None
     towers, pixels = {}, torch.zeros(1, 3, *to_2tuple(clip.visual.image_size))
     for name, encoder, example in (("image", clip.visual, pixels),
@@ -1084,7 +1091,10 @@ def make_towers(clip, tokenizer, args):
             raise UserError(f"--freeze_layers must be at most {depth}, the depth of the image "
                             f"tower of {args.clip_model}, but is {frozen}: try "
                             f"--freeze_layers {max(1, depth * 3 // 4)}.")
-        towers[name] = Tower(encoder, example, frozen)
+        towers[name] = tower = Tower(encoder, example, frozen)
+        if (name, frozen) not in known:
+            known[name, frozen] = tower.halves()
+        tower.freeze(*known[name, frozen])
     trained = {p for tower in towers.values() for p in tower.encoder.parameters()
                if p.requires_grad}
     for parameter in clip.parameters():  # logit_scale, CoCa's decoder: no part of a score
@@ -1617,15 +1627,15 @@ def set_up(args, table, seed, content=None):
     settle_precision(args)
     device = pick_device(args)
     parts = split_rows(table, args, seed)
-    clip, tokenizer, identity = shared(
-        "clip", 1, lambda: load_clip(args, args.seed, content), seed=args.seed,
+    clip, tokenizer, identity, known = shared(
+        "clip", 1, lambda: (*load_clip(args, args.seed, content), {}), seed=args.seed,
         content=content and (content["identity"], content["path"]),
         flags=[args.clip_model, args.pretrained, args.image_size, args.resize_mode,
                args.quick_gelu])
     clip = copy.deepcopy(clip)
     if WORLD > 1 and device.type == "cuda":  # statistics of the whole batch
         clip = timm.layers.convert_sync_batchnorm(clip)
-    towers = make_towers(clip, tokenizer, args)
+    towers = make_towers(clip, tokenizer, args, known)
     torch.backends.cudnn.benchmark = towers["image"].layout == torch.channels_last  # fixed shapes
     torch.manual_seed(seed)
     scorer = CLIPScorer(clip, towers, identity, args).to(device).eval()
@@ -1905,7 +1915,7 @@ def cached(args, kind, key, batches, compute):
     """
     if args.cache == "off":
         return None
-    path, count = Path(args.cache_dir, f"{kind}-{content_key(**key)}.npy"), int(batches[-1][-1]) + 1
+    path, count = cache_path(args, kind, key), int(batches[-1][-1]) + 1
     array = open_cached(path, count)
     if all(gather(array is not None)):
         return array
@@ -1933,6 +1943,11 @@ def cached(args, kind, key, batches, compute):
             half.replace(path)
         gather(None)
     return open_cached(path, count)
+
+
+def cache_path(args, kind, key):
+    """Return the cache file of what `key` says."""
+    return Path(args.cache_dir, f"{kind}-{content_key(**key)}.npy")
 
 
 def open_cached(path, count):
@@ -2027,8 +2042,8 @@ class ImageInputs:
         self.key = {"identity": key, "files": table.frame[["path", "stamp"]].values.tolist()}
         batches = batches_of(len(self.csv_rows), 32)
         if self.tower.frozen is not None and args.augment != "crop":
-            array = cached(args, "image", self.key | {
-                "boundary": self.tower.frozen, "views": len(self.flips)}, batches, self.boundaries)
+            array = cached(args, "image", self.boundary_key(self.tower.frozen), batches,
+                           self.boundaries)
             if array is not None:
                 self.features = Rows(array.reshape(-1, *array.shape[2:]), device, args)
         if self.features is None:
@@ -2046,12 +2061,27 @@ class ImageInputs:
                                 f"remove the row, or give --skip_bad_images.")
             yield images
 
+    def boundary_key(self, depth):
+        """Return what the cached boundaries behind `depth` frozen blocks depend on."""
+        return self.key | {"boundary": depth, "views": len(self.flips)}
+
     def boundaries(self, batches):
-        """Yield (B, V, ..) boundaries of all views of arrays of row numbers."""
-        for images in progress_bar(self.images(batches), "image features", len(batches)):
-            images = images.to(self.device)
-            views = [images.flip(-1) if flip else images for flip in self.flips]
-            yield torch.stack([boundary(self, self.scorer.pixels(view)) for view in views], dim=1)
+        """Yield (B, V, ..) boundaries of all views of arrays of row numbers.
+
+        They are computed from the deepest that are cached, those of another --freeze_layers.
+        """
+        begin, known = 0, None
+        for depth in range(1, self.tower.frozen) if self.tower.frozen != "all" else ():
+            path = cache_path(self.args, "image", self.boundary_key(depth))
+            if (array := open_cached(path, len(self.csv_rows))) is not None:
+                begin, known = depth, array
+        read = (self.images(batches) if known is None
+                else Rows(known, self.device, self.args).stream(batches))
+        for x in progress_bar(read, "image features", len(batches)):
+            x = x.to(self.device)
+            views = x.unbind(1) if begin else [
+                self.scorer.pixels(x.flip(-1) if flip else x) for flip in self.flips]
+            yield torch.stack([boundary(self, view, begin) for view in views], dim=1)
 
     def stream(self, batches):
         """Yield the tower's input for each batch of views (see plan_views), on the device."""
@@ -2111,10 +2141,10 @@ class TextInputs:
 
 
 @torch.no_grad()
-def boundary(inputs, x):
-    """Run the frozen prefix on normalised images or token ids that lie on the device."""
+def boundary(inputs, x, begin=0):
+    """Run the frozen prefix on normalised images or token ids on the device; see Tower.prefix."""
     with autocast(inputs.args, inputs.device):
-        return inputs.tower.prefix(x)
+        return inputs.tower.prefix(x, begin)
 
 
 def embeddings(inputs, what, count, read):
@@ -3588,7 +3618,8 @@ class Scorer(nn.Module):
                   if f"clip.{name}" not in content["state"]}
         self.clips = nn.ModuleList([clip] if saved.freeze_clip else
                                    [clip, copy.deepcopy(clip, shared)])
-        self.towers = [make_towers(each, self.tokenizer, saved) for each in self.clips]
+        known = {}
+        self.towers = [make_towers(each, self.tokenizer, saved, known) for each in self.clips]
         self.model = CLIPScorer(clip, self.towers[0], self.identity, saved)
         load_trained_state(self.model, content["state"], content["path"])
         self.args, self.targets = args, content["targets"]

@@ -55,7 +55,7 @@ def embeddings(options, table, size, cropped):
                                 "--freeze_clip"])
     device = baseline.pick_device(args)
     clip, tokenizer, identity = baseline.load_clip(args, 42)
-    scorer = baseline.CLIPScorer(clip, baseline.make_towers(clip, tokenizer, args), identity,
+    scorer = baseline.CLIPScorer(clip, baseline.make_towers(clip, tokenizer, args, {}), identity,
                                  args).to(device).eval()
     decode = baseline.Decoder(table.frame["path"], identity["preprocess"] | {"size": size})
 

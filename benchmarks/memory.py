@@ -42,7 +42,7 @@ def memory(name, flags, batch):
     args = baseline.parse_args(["--clip_model", name, "--precision", "bf16", *flags])
     config, tokenizer = open_clip.get_model_config(name), open_clip.get_tokenizer(name)
     clip = open_clip.CustomTextCLIP(**config | baseline.plain_attention(config)).eval()
-    towers, saved = baseline.make_towers(clip, tokenizer, args), {}
+    towers, saved = baseline.make_towers(clip, tokenizer, args, {}), {}
     scorer = baseline.CLIPScorer(clip, towers, {"embed_dim": config["embed_dim"], "preprocess": {
         "mean": [0.0] * 3, "std": [1.0] * 3}}, args).train().cuda()
     pixels = torch.empty(batch, *clip.visual.example.shape[1:], device="cuda")

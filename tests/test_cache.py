@@ -185,6 +185,18 @@ def test_settings_share_no_wrong_features(numbers, first, second):
     assert same(on, off, 1e-2 if "bf16" in second else 1e-5)
 
 
+@pytest.mark.parametrize("clip", VARIANTS)
+def test_a_deeper_boundary_starts_from_a_cached_one(numbers, monkeypatch, tmp_path, clip):
+    """Freezing more blocks runs only these, on no image, and gives the same bits."""
+    deeper = ["--partial_freeze", "--freeze_layers", 2]
+    alone = numbers(*deeper, "--cache_dir", tmp_path / "alone", out="alone", clip=clip)
+    numbers(*deeper, "--freeze_layers", 1, out="first", clip=clip)
+    monkeypatch.setattr(baseline, "load_image", None)  # to decode one would fail
+    assert same(numbers(*deeper, out="after", clip=clip), alone)
+    for path in (tmp_path / "alone").glob("image-*.npy"):
+        assert path.read_bytes() == (tmp_path / "cache" / path.name).read_bytes()
+
+
 @modes
 def test_over_the_limit_goes_on_without(numbers, tmp_path, capsys, mode):
     """A cache that would be too large is left out in one line, and nothing else changes."""

@@ -248,7 +248,7 @@ def towers(family, parse):
         args = parse(*more, clip=folder)
         clip, tokenizer, _ = baseline.load_clip(args, 0)
         change(clip)
-        return clip, baseline.make_towers(clip, tokenizer, args), tokenizer(PROMPTS)
+        return clip, baseline.make_towers(clip, tokenizer, args, {}), tokenizer(PROMPTS)
     return make
 
 
@@ -274,6 +274,10 @@ def test_towers_equal_open_clips_own(towers, walks, name, frozen):
         got = through(pair[which], x)
         assert_close([got], [want.out])
         assert (want.out[0] - want.out[1]).norm() > 1e-3  # 100 times what is let pass
+        if which == "image" and frozen in (2, "depth"):
+            with torch.no_grad():
+                first = pair[which].walk(x, 0, 1)
+                assert torch.equal(pair[which].prefix(first, 1), pair[which].prefix(x))
         trains = {n for n, p in encoder.named_parameters() if p.requires_grad}
         if frozen is None:
             assert trains == set(want.grads)
