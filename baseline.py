@@ -1552,8 +1552,8 @@ def evaluate(run, part):
             values = torch.stack([out[name] for name in PREDICTIONS])
             outputs.append((views.row[kept > 0], values[:, :int(kept.sum())]))
     pred = predictions(outputs).loc[rows]
-    prompts = run.table.frame["prompt"].iloc[rows].to_numpy()
-    pred.loc[[not prompt.strip() for prompt in prompts], ["c", "c_base"]] = np.nan
+    blank = run.table.frame["prompt"].iloc[rows].str.strip() == ""
+    pred.loc[blank.to_numpy(), ["c", "c_base"]] = np.nan
     measured = metrics(pred, run.table.frame.iloc[rows])
     loss = sum(getattr(run.args, f"w_{t}") * measured.get(f"rmse_{t}", 0.0) ** 2 for t in TARGETS)
     return pred, measured | {"loss": loss}
@@ -1571,11 +1571,11 @@ def fit(run):
     patience = args.early_stopping_patience or math.inf
     with saving(run) as save:
         if "best_epoch" not in progress:  # epoch 0 is a candidate for the best
-            values = evaluate(run, "val")[1]
-            score = selection_score(values, args)
+            floors = floor_metrics(run, "val")
+            score = selection_score(floors["start"], args)
             progress |= {"best_epoch": 0, "best_score": score, "reference": score}
             save(best=True)
-            print_start(run, values)
+            print_start(floors)
         while progress["epoch"] < args.epochs and progress["waited"] < patience:
             began, epoch = time.perf_counter(), progress["epoch"] + 1
             row = {f"train_{name}": value for name, value in train_one_epoch(run, epoch).items()}
@@ -2793,13 +2793,12 @@ def print_setup(args, table, parts, scorer, device):
               "not recommended by the reference card; they work")
 
 
-def print_start(run, values):
-    """Print validation's metrics before training beside its floors."""
-    targets = run.table.targets
-    floors = "; ".join(f"{name} " + " / ".join(f"{of[f'srocc_{t}']:.4f}" for t in targets)
-                       for name, of in floor_metrics(run, "val").items())
-    sroccs = "  ".join(f"SROCC_{t.upper()} {values[f'srocc_{t}']:.4f}" for t in targets)
-    print(f"epoch   0  before training: val {sroccs}   floors: {floors}")
+def print_start(floors):
+    """Print validation's SROCC before training and of its other floors; see floor_metrics."""
+    targets = [t for t in TARGETS if f"srocc_{t}" in floors["start"]]
+    print(f"epoch   0  val SROCC {' / '.join(map(str.upper, targets))}:", "; ".join(
+        f"{FLOORS[name]} " + " / ".join(f"{of[f'srocc_{t}']:.4f}" for t in targets)
+        for name, of in floors.items()))
 
 
 def print_epoch(row, rate, better):

@@ -534,7 +534,7 @@ def test_the_last_line_is_the_result(train, monkeypatch, capsys, more, parts):
 
 def test_train_metrics_are_in_eval_mode_on_original_views(train, build, monkeypatch):
     """The Train-Val Gap compares like with like: no dropout, no flips, the best weights."""
-    monkeypatch.setattr(baseline, "selection_score", lambda values, by: -values["loss"])
+    monkeypatch.setattr(baseline, "selection_score", lambda values, by: -values["rmse_q"])
     command = ["--freeze_clip", "--lr", 1e-3, "--dropout", 0.5, "--augment", "flip"]
     done = train(*command)
     run = build(*command, out="again")
