@@ -2828,15 +2828,28 @@ def bootstrap(preds, mos, groups, draws=1000):
     Davison and Hinkley, 1997). preds: {name: (n,)}; mos, groups: (n,). A constant draw has none,
     and a single prompt has no spread: all NaN.
     """
-    rng, names = np.random.default_rng(0), list(preds)
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    values, sroccs = np.column_stack([*preds.values(), mos]), np.full((draws, len(names)), math.nan)
-    for draw in range(draws) if len(members) > 1 else ():
-        rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ranks = scipy.stats.rankdata(values[rows], axis=0)
-            sroccs[draw] = np.corrcoef(ranks, rowvar=False)[-1, :-1]
-    return pd.DataFrame(sroccs, columns=names)
+    rng, groups = np.random.default_rng(0), np.unique(groups, return_inverse=True)[1]
+    count = groups.max() + 1
+    times = np.array([np.bincount(rng.integers(count, size=count), minlength=count)[groups]
+                      for _ in range(draws)], float)  # (draws, n): how often a row is drawn
+
+    def ranks(x):  # of each row in each draw, equal ones share theirs; minus the draw's mean
+        _, value, sizes = np.unique(x, return_inverse=True, return_counts=True)
+        rows = times[:, np.argsort(value, kind="stable")]
+        alike = np.add.reduceat(rows, np.cumsum(sizes) - sizes, axis=1)
+        rank = (np.cumsum(alike, axis=1) - alike / 2)[:, value]
+        return rank - (times * rank).sum(axis=1, keepdims=True) / times.sum(axis=1, keepdims=True)
+
+    def srocc(x):
+        if count == 1 or not np.isfinite(x).all():
+            return np.full(draws, math.nan)
+        a = ranks(x)
+        with np.errstate(invalid="ignore"):
+            return (times * a * human).sum(axis=1) / np.sqrt(
+                (times * a * a).sum(axis=1) * (times * human * human).sum(axis=1))
+
+    human = ranks(mos)
+    return pd.DataFrame({name: srocc(np.asarray(x)) for name, x in preds.items()})
 
 
 def results(run):
