@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import scipy.stats
 import torch
-from conftest import read_csv, read_json, write_csv
+from conftest import load, read_csv, read_json, write_csv
 from PIL import Image
 from starter import DRAWS
 
@@ -295,6 +295,17 @@ def test_repeats_report_mean_spread_and_gain(train, capsys, more, part):
         mean = np.mean(gains)
         assert [result[f"gain_{floor}_{t}{end}"] for end in ("_low", "", "_high")] == pytest.approx(
             [mean - half, mean, mean + half], rel=1e-4)
+
+
+def test_repeats_find_once_what_trains(train, monkeypatch):
+    """Once for each tower, and the second run trains what the first one trains."""
+    found, halves = [], baseline.Tower.halves
+    monkeypatch.setattr(baseline.Tower, "halves",
+                        lambda tower: found.append(tower.frozen) or halves(tower))
+    run = train("--partial_freeze", "--freeze_layers", 2, *REPEATS[3:])
+    one, two = (load(run.folder / f"repeat_{seed}")["state"] for seed in (42, 43))
+    assert found == [2, 2] and one.keys() == two.keys()
+    assert {name.split(".")[1] for name in one if name.startswith("clip.")} == {"visual", "text"}
 
 
 def test_repeats_share_the_cache_and_are_kept_when_finished(train, monkeypatch):
