@@ -2821,6 +2821,21 @@ def floor_metrics(run, part):
                           run.table.targets) for name, floor in run.floors.items()}
 
 
+def weighted_srocc(x, y, times):
+    """Return the (draws,) SROCC of x and y, (n,), in samples that have row i times[:, i] times."""
+    def ranks(values):  # equal ones share theirs; minus the sample's mean
+        _, value, sizes = np.unique(values, return_inverse=True, return_counts=True)
+        rows = times[:, np.argsort(value, kind="stable")]
+        alike = np.add.reduceat(rows, np.cumsum(sizes) - sizes, axis=1)
+        rank = (np.cumsum(alike, axis=1) - alike / 2)[:, value]
+        return rank - (times * rank).sum(axis=1, keepdims=True) / times.sum(axis=1, keepdims=True)
+
+    a, b = ranks(x), ranks(y)
+    with np.errstate(invalid="ignore"):
+        return (times * a * b).sum(axis=1) / np.sqrt((times * a * a).sum(axis=1)
+                                                     * (times * b * b).sum(axis=1))
+
+
 def bootstrap(preds, mos, groups, draws=1000):
     """Return a DataFrame (draws, names) of SROCC of several predictions, by bootstrap over prompts.
 
@@ -2829,27 +2844,15 @@ def bootstrap(preds, mos, groups, draws=1000):
     and a single prompt has no spread: all NaN.
     """
     rng, groups = np.random.default_rng(0), np.unique(groups, return_inverse=True)[1]
-    count = groups.max() + 1
-    times = np.array([np.bincount(rng.integers(count, size=count), minlength=count)[groups]
-                      for _ in range(draws)], float)  # (draws, n): how often a row is drawn
-
-    def ranks(x):  # of each row in each draw, equal ones share theirs; minus the draw's mean
-        _, value, sizes = np.unique(x, return_inverse=True, return_counts=True)
-        rows = times[:, np.argsort(value, kind="stable")]
-        alike = np.add.reduceat(rows, np.cumsum(sizes) - sizes, axis=1)
-        rank = (np.cumsum(alike, axis=1) - alike / 2)[:, value]
-        return rank - (times * rank).sum(axis=1, keepdims=True) / times.sum(axis=1, keepdims=True)
-
-    def srocc(x):
-        if count == 1 or not np.isfinite(x).all():
-            return np.full(draws, math.nan)
-        a = ranks(x)
-        with np.errstate(invalid="ignore"):
-            return (times * a * human).sum(axis=1) / np.sqrt(
-                (times * a * a).sum(axis=1) * (times * human * human).sum(axis=1))
-
-    human = ranks(mos)
-    return pd.DataFrame({name: srocc(np.asarray(x)) for name, x in preds.items()})
+    count, sroccs = groups.max() + 1, pd.DataFrame(math.nan, range(draws), list(preds))
+    drawn = np.array([np.bincount(rng.integers(count, size=count), minlength=count)
+                      for _ in range(draws)], float)
+    blocks = np.array_split(drawn, math.ceil(draws * len(groups) / 1e6))  # 8 MB each
+    for name, x in preds.items() if count > 1 else ():
+        if np.isfinite(x).all():
+            sroccs[name] = np.concatenate([weighted_srocc(x, mos, block[:, groups])
+                                           for block in blocks])
+    return sroccs
 
 
 def results(run):
