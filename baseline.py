@@ -2070,13 +2070,12 @@ class ImageInputs:
 
         They are computed from the deepest that are cached, those of another --freeze_layers.
         """
-        begin, known = 0, None
-        for depth in range(1, self.tower.frozen) if self.tower.frozen != "all" else ():
-            path = cache_path(self.args, "image", self.boundary_key(depth))
-            if (array := open_cached(path, len(self.csv_rows))) is not None:
-                begin, known = depth, array
-        read = (self.images(batches) if known is None
-                else Rows(known, self.device, self.args).stream(batches))
+        depths = range(self.tower.frozen - 1, 0, -1) if self.tower.frozen != "all" else ()
+        found = ((depth, open_cached(cache_path(self.args, "image", self.boundary_key(depth)),
+                                     len(self.csv_rows))) for depth in depths)
+        begin, known = next((each for each in found if each[1] is not None), (0, None))
+        read = (Rows(known, self.device, self.args).stream(batches) if begin
+                else self.images(batches))
         for x in progress_bar(read, "image features", len(batches)):
             x = x.to(self.device)
             views = x.unbind(1) if begin else [

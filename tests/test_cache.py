@@ -193,7 +193,9 @@ def test_a_deeper_boundary_starts_from_a_cached_one(numbers, monkeypatch, tmp_pa
     numbers(*deeper, "--freeze_layers", 1, out="first", clip=clip)
     monkeypatch.setattr(baseline, "load_image", None)  # to decode one would fail
     assert same(numbers(*deeper, out="after", clip=clip), alone)
-    for path in (tmp_path / "alone").glob("image-*.npy"):
+    files = [*(tmp_path / "alone").glob("image-*.npy")]
+    assert len(files) == 2  # the boundary, and the embeddings before training
+    for path in files:
         assert path.read_bytes() == (tmp_path / "cache" / path.name).read_bytes()
 
 
