@@ -25,6 +25,7 @@ V views, H x W pixels where it is plain.
 
 import argparse
 import difflib
+import gc
 import math
 import os
 import shlex
@@ -315,6 +316,7 @@ if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):  # what it cannot show is escaped
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
     ARGS = parse_args()
+    gc.disable()  # imports leave no garbage, and searching it takes a second
     if ARGS.predictions_csv == "-":  # a file, whatever the terminal shows
         sys.stdout.reconfigure(encoding="utf-8")
 
@@ -824,7 +826,8 @@ def weights_hash(state):
     """Return the SHA-256 of a state dict's names and values, in its order."""
     digest = hashlib.sha256()
     for key, value in state.items():
-        digest.update(key.encode() + value.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(key.encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -1223,7 +1226,7 @@ class CLIPScorer(nn.Module):
     def train(self, mode=True):
         """Switch to training mode; what is frozen stays in eval mode (BatchNorm, dropout)."""
         super().train(mode)
-        for module in frozen_modules(self.clip):
+        for module in frozen_modules(self.clip) if mode else ():
             module.eval()
         return self
 
@@ -1385,6 +1388,7 @@ class Run:
     scaler: torch.amp.GradScaler
     progress: dict  # of a checkpoint: epoch, best_epoch, best_score, log rows, epochs waited since
     # the score last beat the reference by --early_stopping_min_delta
+    best: tuple | None = None  # what evaluate gave for val in the best epoch, if it was in this run
 
 
 def head_lr(args):
@@ -1470,13 +1474,14 @@ def train_one_epoch(run, epoch):
     weights = {name: staged([weight[dealt] * kept for dealt, kept in steps], run.device)
                for name, weight in loss_weights(run, views).items()}
     updates, outputs = -(-len(steps) // accumulate), []
+    on = torch.cuda if run.device.type == "cuda" else torch.default_generator
     run.scorer.train()
     run.optimizer.zero_grad(set_to_none=True)
     stream = zip(steps, inputs(run, [views[dealt] for dealt, _ in steps]))
     for i, ((dealt, kept), (rows, *x)) in enumerate(
             progress_bar(stream, f"epoch {epoch}", len(steps))):
         seed = ((run.seed * 100_003 + epoch) * 1_000_003 + i) + RANK * 2 ** 40
-        torch.manual_seed(seed % 2 ** 63)  # of dropout: a resumed run draws the same
+        on.manual_seed(seed % 2 ** 63)  # of dropout: a resumed run draws the same
         last = (i + 1) % accumulate == 0 or i + 1 == len(steps)
         run.model.require_backward_grad_sync = last  # of DistributedDataParallel
         targets = targets_of(run, rows)
@@ -1580,9 +1585,11 @@ def fit(run):
             began, epoch = time.perf_counter(), progress["epoch"] + 1
             row = {f"train_{name}": value for name, value in train_one_epoch(run, epoch).items()}
             rate = len(run.parts["train"]) / (time.perf_counter() - began)
-            values = evaluate(run, "val")[1]
+            judged = evaluate(run, "val")
+            values = judged[1]
             score = selection_score(values, args)
             better = score > progress["best_score"]
+            run.best = judged if better else run.best
             progress |= {"epoch": epoch, "waited": progress["waited"] + 1}
             if score > progress["reference"] + args.early_stopping_min_delta:  # small gains add up
                 progress |= {"reference": score, "waited": 0}
@@ -1632,10 +1639,13 @@ def set_up(args, table, seed, content=None):
         content=content and (content["identity"], content["path"]),
         flags=[args.clip_model, args.pretrained, args.image_size, args.resize_mode,
                args.quick_gelu])
-    clip = copy.deepcopy(clip)
+    clip = copy.deepcopy(clip, {id(p): nn.Parameter(p.detach()) for p in clip.parameters()})
     if WORLD > 1 and device.type == "cuda":  # statistics of the whole batch
         clip = timm.layers.convert_sync_batchnorm(clip)
     towers = make_towers(clip, tokenizer, args, known)
+    for parameter in clip.parameters():  # what never changes is the shared one's memory
+        if parameter.requires_grad or args.init_from:
+            parameter.data = parameter.data.clone()
     torch.backends.cudnn.benchmark = towers["image"].layout == torch.channels_last  # fixed shapes
     torch.manual_seed(seed)
     scorer = CLIPScorer(clip, towers, identity, args).to(device).eval()
@@ -1667,15 +1677,18 @@ def set_up(args, table, seed, content=None):
                {"epoch": 0, "waited": 0, "log": []})
 
 
-def train_one_run(args, table, seed, content=None):
-    """Train one split, from a checkpoint's content if given; returns its row of results."""
+def train_one_run(args, table, seed, content=None, brief=False):
+    """Train one split, from a checkpoint's content if given; returns its row of results.
+
+    brief: see results.
+    """
     began = time.perf_counter()
     run = set_up(args, table, seed, content)
     write_config(run)
     if content is not None:
         resume(run, content)
     fit(run)
-    preds, row = results(run)
+    preds, row = results(run, brief)
     row["seconds"] = round(time.perf_counter() - began, 1)
     keep_records(run, preds, row)
     return row
@@ -2854,9 +2867,10 @@ def bootstrap(preds, mos, groups, draws=1000):
     return sroccs
 
 
-def results(run):
+def results(run, brief=False):
     """Evaluate the best epoch on every part; returns ({part: predictions}, the row of results).
 
+    brief: not on the training part, so that there is no Train-Val Gap, tier or diagnosis.
     The row is flat: {"val_srocc_q", ..}; floors, intervals and gains are of the judged part, test
     where there is one. It is what result.json, runs.csv, the table and the repeats have.
     """
@@ -2875,19 +2889,21 @@ def results(run):
     measured, start = floor_metrics(run, judged), floor_metrics(run, "val")["start"]
     for part, rows in run.parts.items():
         row[f"images_{part}"] = len(rows)
-        if len(rows):
-            preds[part], measured[part] = evaluate(run, part)
+        if len(rows) and not (brief and part == "train"):
+            known = run.best if part == "val" else None
+            preds[part], measured[part] = known or evaluate(run, part)
     row |= {f"{name}_{metric}": value for name, values in measured.items()
             for metric, value in values.items() if metric != "loss"}
     for t in run.table.targets:
         pred = preds[judged][frame[t].iloc[run.parts[judged]].notna().to_numpy()]
         srocc, rows = row[f"val_srocc_{t}"], pred.index.to_numpy()
-        gap = row[f"train_srocc_{t}"] - srocc
         epochs = [start[f"srocc_{t}"], *(epoch[f"val_srocc_{t}"] for epoch in run.progress["log"])]
-        row |= {f"gap_{t}": gap, f"best_epoch_{t}": int(np.argmax(np.nan_to_num(epochs, nan=-2))),
-                f"plcc_fit_{t}": plcc_fit(pred[t].to_numpy(), frame[t].to_numpy()[rows]),
-                f"tier_{t}": next((name for name, low, high in TIERS[t]
-                                   if srocc > low and gap < high), "needs work")}
+        row |= {f"best_epoch_{t}": int(np.argmax(np.nan_to_num(epochs, nan=-2))),
+                f"plcc_fit_{t}": plcc_fit(pred[t].to_numpy(), frame[t].to_numpy()[rows])}
+        if not brief:
+            row[f"gap_{t}"] = gap = row[f"train_srocc_{t}"] - srocc
+            row[f"tier_{t}"] = next((name for name, low, high in TIERS[t]
+                                     if srocc > low and gap < high), "needs work")
         if not args.no_residual_learning:
             size = pred[f"{t}_delta"].abs()
             row |= {f"saturated_{t}": float((size > SATURATED).mean()),
@@ -2946,7 +2962,7 @@ def keep_records(run, preds, row):
     """Print and write what a finished run leaves; row["advice"] gets the names of what fired."""
     args, folder, table = run.args, Path(run.args.output_dir), run.table
     before = settings_advice(args, len(run.parts["train"]), row["blocks"], table.targets)
-    findings = training_advice(args, run.progress["log"], row)
+    findings = training_advice(args, run.progress["log"], row) if "train" in preds else []
     row["advice"] = [what for what, *_ in before + findings]
     print(f"\n{row['part']}, best epoch {row['best_epoch']}")
     print(score_table([row]).to_string(), *verdict(row), sep="\n")
@@ -3043,10 +3059,10 @@ def split_margin(sd, splits, ratio):
     return scipy.stats.t.ppf(0.975, splits - 1) * math.sqrt(1 / splits + ratio) * sd
 
 
-def train_splits(args, table):
+def train_splits(args, table, brief=False):
     """Train on --repeats splits; one that was finished before is kept, one that began goes on.
 
-    Returns their rows of results; each has its folder in the output_dir.
+    Returns their rows of results; each has its folder in the output_dir. brief: see results.
     """
     rows, known = [], {json.loads(path.read_text())["fingerprint"]
                        for path in Path(args.output_dir).glob("repeat_*/config.json")}
@@ -3060,7 +3076,7 @@ def train_splits(args, table):
         if not finished:
             options = argparse.Namespace(**vars(args) | {
                 "output_dir": str(folder), "resume_from": str(last) if begun else None})
-            train_one_run(options, table, seed, load_checkpoint(last) if begun else None)
+            train_one_run(options, table, seed, load_checkpoint(last) if begun else None, brief)
         rows += gather(read_row(done) if RANK == 0 else None)[:1]
         append_run(args, rows[-1])  # where a kill came before it
     return rows
@@ -3112,9 +3128,10 @@ class Candidate:
                                           if name[:4] == "val_"}, self.args) for row in self.rows])
 
 
-def stage_flags(stage, best):
+def stage_flags(stage, best, table):
     """Return the flags that a stage of the card tries on the best candidate; [] has none."""
     args, row = best.args, best.rows[0]
+    folder = Path(row["output_dir"])
     if stage == "learning rate":
         return [f"--lr {args.lr * factor:.2g}" for factor in (1 / 3, 5 / 3)]
     if stage == "freeze depth":
@@ -3125,8 +3142,11 @@ def stage_flags(stage, best):
         return [f"--residual_scale_q {scale} --residual_scale_c {scale}" for scale in (0.15, 0.25)
                 if not args.no_residual_learning
                 and (scale, scale) != (args.residual_scale_q, args.residual_scale_c)]
-    log = pd.read_csv(Path(row["output_dir"], args.log_csv)).to_dict("records")
-    return [flags for _, _, flags in training_advice(args, log, row) if flags.strip()]
+    if not any(name.startswith("gap_") for name in row):  # the diagnosis needs the training part
+        row = results_on(table, args, row)[1] | row
+        save_text(folder / "result.json", json_text(row))
+    findings = training_advice(args, pd.read_csv(folder / args.log_csv).to_dict("records"), row)
+    return [flags for _, _, flags in findings if flags.strip()]
 
 
 def paired_gains(new, old, table):
@@ -3192,7 +3212,7 @@ def try_flags(args, table, stage, number, flags):
     vars(options).update(output_dir=str(place), cache_dir=args.cache_dir, no_plots=True,
                          test_ratio=0.0)
     print(f"\n=== {stage}: {flags.strip() or 'as given'}")
-    return Candidate(stage, flags.strip(), options, train_splits(options, table))
+    return Candidate(stage, flags.strip(), options, train_splits(options, table, brief=True))
 
 
 def tune(args, table):
@@ -3211,7 +3231,7 @@ def tune(args, table):
     candidates = [first]
     for stage in STAGES:
         tried = [try_flags(args, table, stage, number, f"{best.flags} {flags}")
-                 for number, flags in enumerate(stage_flags(stage, best))]
+                 for number, flags in enumerate(stage_flags(stage, best, table))]
         if not tried:
             print(f"\n=== {stage}: does not apply")
             continue
@@ -3248,18 +3268,23 @@ def tuning_frame(candidates):
         | {"spread": round(new.spread, 4), "kept": new.kept} for new in candidates])
 
 
+def results_on(table, args, row, brief=False):
+    """Return the results of a finished run, whose row this is, on the parts of a table."""
+    run = set_up(argparse.Namespace(**vars(args) | {"output_dir": row["output_dir"]}), table,
+                 row["seed"])
+    run.progress = load_checkpoint(row["checkpoint"])["progress"]
+    return results(run, brief)
+
+
 def tested_row(best, first, table):
     """Evaluate two candidates on the test part; returns the row of best's first split.
 
     gain_baseline_q, .. of it are means over the splits, their intervals by bootstrap over prompts.
     """
     preds, rows = {}, {}
-    for name, candidate in (("first", first), ("best", best)):
+    for name, candidate in (("best", best), ("first", first)):
         for row in candidate.rows:
-            options = argparse.Namespace(**vars(candidate.args) | {"output_dir": row["output_dir"]})
-            run = set_up(options, table, row["seed"])
-            run.progress = load_checkpoint(row["checkpoint"])["progress"]
-            pred, measured = results(run)
+            pred, measured = results_on(table, candidate.args, row, brief=bool(rows))
             preds.setdefault(name, []).append(pred["test"])
             rows.setdefault(name, []).append(measured)
     row, drawn = rows["best"][0], paired_gains(preds["best"], preds["first"], table)
@@ -3388,17 +3413,14 @@ FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans
 @contextlib.contextmanager
 def picture(path, rows, columns, size):
     """Yield (rows, columns) axes of a figure that is then written to `path` as PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import font_manager, pyplot
+    from matplotlib import font_manager, rc_context
+    from matplotlib.figure import Figure
     here = sorted({*FONTS} & {*font_manager.get_font_names()}, key=FONTS.index)  # others take time
-    with pyplot.rc_context({"font.family": here}), warnings.catch_warnings(action="ignore"):
-        figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained",
-                                       squeeze=False)
-        yield axes
+    with rc_context({"font.family": here}), warnings.catch_warnings(action="ignore"):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure.subplots(rows, columns, squeeze=False)
         with writing(path) as half:
-            figure.savefig(half, format="png", dpi=110)
-        pyplot.close(figure)
+            figure.savefig(half, format="png", dpi=110, pil_kwargs={"compress_level": 1})
 
 
 def draw_curves(log, best_epoch, floors, path):
@@ -3407,8 +3429,10 @@ def draw_curves(log, best_epoch, floors, path):
     names = ["loss", *(name for name in ("srocc_q", "srocc_c") if f"val_{name}" in log)]
     with picture(path, 1, len(names), (14 * len(names) / 3, 4.2)) as axes:
         for axis, name in zip(axes[0], names):
-            log.plot("epoch", [f"train_{name}", f"val_{name}"], style=[".--", ".-"], ax=axis,
-                     color=COLOURS.get(name[-1], "#666666"), title=name.upper())
+            for part, style in (("train", ".--"), ("val", ".-")):
+                axis.plot(log["epoch"], log[f"{part}_{name}"], style, label=f"{part}_{name}",
+                          color=COLOURS.get(name[-1], "#666666"))
+            axis.set(title=name.upper(), xlabel="epoch")
             axis.grid(alpha=0.25)
             for (floor, measured), line in zip(floors.items(), ("-", "-.", ":", "--")):
                 far = (floor, name) == ("zero_shot", "srocc_q")  # it would flatten the curves
@@ -3944,4 +3968,6 @@ def predict(args):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what they made is not searched again, least of all at the exit
+    gc.enable()
     run_command(ARGS)

@@ -140,7 +140,7 @@ def waits_of_epochs(run, monkeypatch, memory):
 
     with on_cuda(monkeypatch, memory) as watch, monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", backward)
-        patch.setattr(torch, "manual_seed", lambda seed: steps.append(len(watch.waits)))
+        patch.setattr(torch.cuda, "manual_seed", lambda seed: steps.append(len(watch.waits)))
         patch.setattr(baseline, "update", update)
         patch.setattr(baseline, "epoch_summary", lambda *args: None)
         patch.setattr(baseline, "everywhere", lambda outputs: None)
