@@ -1644,7 +1644,7 @@ def set_up(args, table, seed, content=None):
         clip = timm.layers.convert_sync_batchnorm(clip)
     towers = make_towers(clip, tokenizer, args, known)
     for parameter in clip.parameters():  # what never changes is the shared one's memory
-        if parameter.requires_grad or args.init_from:
+        if parameter.requires_grad:
             parameter.data = parameter.data.clone()
     torch.backends.cudnn.benchmark = towers["image"].layout == torch.channels_last  # fixed shapes
     torch.manual_seed(seed)

@@ -308,6 +308,39 @@ def test_repeats_find_once_what_trains(train, monkeypatch):
     assert {name.split(".")[1] for name in one if name.startswith("clip.")} == {"visual", "text"}
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("clip", ["vit", "conv"])
+def test_runs_of_one_command_share_the_memory_of_frozen_weights_alone(build, clip, mode):
+    """What one run trains, BatchNorm's statistics too, is new to the next."""
+    one = build(*MODES[mode], "--lr", 1e-2, "--head_lr", 1e-2, clip=clip)
+    before = {name: value.clone() for name, value in one.scorer.clip.state_dict().items()}
+    baseline.train_one_epoch(one, 1)
+    two = baseline.set_up(one.args, one.table, 43)
+    after = two.scorer.clip.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    for (name, a), b in zip(one.scorer.clip.named_parameters(), two.scorer.clip.parameters()):
+        shared = a.data_ptr() == b.data_ptr()
+        assert not (shared and a.requires_grad), name
+        assert shared or a.requires_grad or (clip == "conv" and a.ndim == 4), name  # channels last
+    moved = [name for name, value in one.scorer.clip.state_dict().items()
+             if not torch.equal(value, before[name])]
+    assert bool(moved) == (mode != "frozen")
+
+
+def test_validation_is_evaluated_once_an_epoch(train, data, monkeypatch):
+    """The best epoch's predictions are kept; they are those of baseline_best.pt."""
+    seen, real = [], baseline.evaluate
+    monkeypatch.setattr(baseline, "evaluate",
+                        lambda run, part: seen.append(part) or real(run, part))
+    run = train(*MODES["partial"], "--lr", 1e-3, "--no_base_calibration", "--epochs", 3)
+    assert run.row["best_epoch"] > 0 and sorted(seen) == ["train", "val", "val", "val"]
+    kept = read_csv(run.folder / "val_predictions.csv")
+    again = baseline.load(run.folder / "baseline_best.pt").score(
+        [data.images / row["name"] for row in kept], [row["prompt"] for row in kept])
+    for title in ("quality", "consistency"):
+        assert np.allclose(again[title], [float(row[title]) for row in kept], atol=1e-4)
+
+
 def test_repeats_share_the_cache_and_are_kept_when_finished(train, monkeypatch):
     """Own splits, images decoded once; the command again, or one resumed, trains nothing anew."""
     opened, load = [], baseline.load_image
