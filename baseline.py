@@ -1585,8 +1585,7 @@ def fit(run):
             began, epoch = time.perf_counter(), progress["epoch"] + 1
             row = {f"train_{name}": value for name, value in train_one_epoch(run, epoch).items()}
             rate = len(run.parts["train"]) / (time.perf_counter() - began)
-            judged = evaluate(run, "val")
-            values = judged[1]
+            judged = _, values = evaluate(run, "val")
             score = selection_score(values, args)
             better = score > progress["best_score"]
             run.best = judged if better else run.best
@@ -1678,10 +1677,7 @@ def set_up(args, table, seed, content=None):
 
 
 def train_one_run(args, table, seed, content=None, brief=False):
-    """Train one split, from a checkpoint's content if given; returns its row of results.
-
-    brief: see results.
-    """
+    """Train one split, from a checkpoint's content if given; returns its row of results."""
     began = time.perf_counter()
     run = set_up(args, table, seed, content)
     write_config(run)
@@ -3268,12 +3264,12 @@ def tuning_frame(candidates):
         | {"spread": round(new.spread, 4), "kept": new.kept} for new in candidates])
 
 
-def results_on(table, args, row, brief=False):
-    """Return the results of a finished run, whose row this is, on the parts of a table."""
+def results_on(table, args, row):
+    """Return the results of a finished run, whose row this is, on all parts of a table."""
     run = set_up(argparse.Namespace(**vars(args) | {"output_dir": row["output_dir"]}), table,
                  row["seed"])
     run.progress = load_checkpoint(row["checkpoint"])["progress"]
-    return results(run, brief)
+    return results(run)
 
 
 def tested_row(best, first, table):
@@ -3281,18 +3277,14 @@ def tested_row(best, first, table):
 
     gain_baseline_q, .. of it are means over the splits, their intervals by bootstrap over prompts.
     """
-    preds, rows = {}, {}
-    for name, candidate in (("best", best), ("first", first)):
-        for row in candidate.rows:
-            pred, measured = results_on(table, candidate.args, row, brief=bool(rows))
-            preds.setdefault(name, []).append(pred["test"])
-            rows.setdefault(name, []).append(measured)
-    row, drawn = rows["best"][0], paired_gains(preds["best"], preds["first"], table)
+    new, old = ([results_on(table, candidate.args, row) for row in candidate.rows]
+                for candidate in (best, first))
+    drawn, row = paired_gains(*([preds["test"] for preds, _ in found] for found in (new, old)),
+                              table), new[0][1]
     for t in table.targets:
-        sroccs = (np.mean([each[f"test_srocc_{t}"] for each in rows[name]])
-                  for name in ("best", "first"))
+        gains = [a[f"test_srocc_{t}"] - b[f"test_srocc_{t}"] for (_, a), (_, b) in zip(new, old)]
         low, high = drawn[t].quantile([0.025, 0.975])
-        row |= {f"gain_baseline_{t}": float(np.subtract(*sroccs)),
+        row |= {f"gain_baseline_{t}": float(np.mean(gains)),
                 f"gain_baseline_{t}_low": low, f"gain_baseline_{t}_high": high}
     return row | {"flags": best.flags}
 

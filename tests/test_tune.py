@@ -100,8 +100,8 @@ def test_the_test_part_is_touched_by_winner_and_baseline_alone(train, monkeypatc
     assert (run.folder / "tuning.csv").exists() and not (run.folder / "tuning.png").exists()
 
 
-def test_the_training_part_is_evaluated_for_the_diagnosis_and_the_winner(train, monkeypatch):
-    """Once before the last stage, once at the end; no candidate pays for it."""
+def test_the_training_part_is_evaluated_for_diagnosis_and_test(train, monkeypatch):
+    """Once before the last stage, and for both that are tested; no candidate pays for it."""
     seen, real = [], baseline.evaluate
     monkeypatch.setattr(baseline, "evaluate",
                         lambda run, part: seen.append(part) or real(run, part))
@@ -109,7 +109,7 @@ def test_the_training_part_is_evaluated_for_the_diagnosis_and_the_winner(train, 
     monkeypatch.setattr(baseline, "training_advice", lambda args, log, row: (
         asked.append(row) or advise(args, log, row)))
     run = train(*FROZEN, "--epochs", 1)
-    assert seen.count("train") == 2 and len(asked) == 1
+    assert seen.count("train") == 3 and len(asked) == 1
     for t in "qc":
         gap = asked[0][f"train_srocc_{t}"] - asked[0][f"val_srocc_{t}"]
         assert asked[0][f"gap_{t}"] == gap and f"tier_{t}" in asked[0]
