@@ -5,6 +5,7 @@ process would; `run` is what they do. tamper: a function below and its arguments
 """
 
 import functools
+import gc
 import itertools
 import os
 import runpy
@@ -112,6 +113,17 @@ def script(environment):
     os.environ.update(environment)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding=environment.get("PYTHONIOENCODING"))
+    baseline.main = main
+
+
+def collected():
+    """Run the program's file as a script, and say at the end whether garbage is collected."""
+    def main(argv):
+        sys.argv = [baseline.__file__, *map(str, argv)]
+        try:
+            runpy.run_path(baseline.__file__, run_name="__main__")
+        finally:
+            print(f"collects: {gc.isenabled()}, frozen: {gc.get_freeze_count() > 100_000}")
     baseline.main = main
 
 

@@ -63,6 +63,13 @@ def test_half_a_launcher_is_none(start, flags, tmp_path, environment):
     assert ("WARNING: going on alone" in program.said[0]) is several
 
 
+def test_what_the_imports_make_is_not_searched_for_garbage(start):
+    """It is set aside, and what the run makes is collected as ever."""
+    program = start(["--predict", "nothing.png", "--checkpoint", "none.pt"], "collected")
+    assert program.finish() == 2
+    assert "collects: True, frozen: True" in program.said[0]
+
+
 def test_a_process_that_finds_no_others_says_so(start, flags):
     """All of torchrun's variables by hand, but nobody there: one error, no traceback."""
     numbers = dict(zip(baseline.TORCHRUN, ("1", "2", "1", "2", "nowhere")))

@@ -157,6 +157,8 @@ FAMILIES = {
     "vit": ({}, {}, "transformer.resblocks"),
     "vit avg": ({"vision": {**VISION, "pool_type": "avg"}, "text": {"no_causal_mask": True}}, {},
                 "transformer.resblocks"),
+    "vit sin cos": ({"vision": {**VISION, "pos_embed_type": "sin_cos_2d"}}, {},
+                    "transformer.resblocks"),  # its positions never train
     "vit eos": ({"quick_gelu": True, "text": {"pool_type": "eos", "eos_id": 49407},
                  "custom_text": True}, {}, "transformer.resblocks"),
     "coca": ({"vision": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2,
@@ -199,7 +201,7 @@ def blocks_of(encoder, places):
 
 def walk(encoder, blocks, encode):
     """Return open_clip's own embeddings, gradients, and what the output of each block needs."""
-    outputs, named = [], dict(encoder.named_parameters())
+    outputs, named = [], {n: p for n, p in encoder.named_parameters() if p.requires_grad}
     for block in blocks:
         block.register_forward_hook(lambda *call: outputs.append(call[2]))
     out = encode()
@@ -395,7 +397,8 @@ PARTIAL = ["--partial_freeze", "--freeze_layers", 2]
 @pytest.mark.parametrize("name, more", [
     *((name, PARTIAL) for name in ("coca", "modified_resnet", "eva02", "swin", "relpos", "pe core",
                                    "efficientnet", "vit")),
-    *((name, []) for name in ("coca", "modified_resnet", "efficientnet", "vit", "densenet")),
+    *((name, []) for name in ("coca", "modified_resnet", "efficientnet", "vit", "vit sin cos",
+                              "densenet")),
     *((name, ["--freeze_clip"]) for name in ("efficientnet", "vit", "densenet")),
     *(("vit", [*more, "--cache", "off"]) for more in (["--freeze_clip"], PARTIAL, []))])
 def test_frozen_stays_bit_identical_and_the_rest_moves(family, build, name, more):

@@ -76,7 +76,7 @@ def test_a_signal_stops_and_says_how_to_go_on(start, flags, tmp_path, number, gr
 
 @BOTH
 @pytest.mark.parametrize("where", [("load_table",), ("load_clip",), ("evaluate", 1), ("update", 1),
-                                   ("evaluate", 4), ("load_image", 5)], ids=str)
+                                   ("evaluate", 3), ("load_image", 5)], ids=str)
 def test_one_signal_stops_what_hangs(start, flags, data, train, tmp_path, where, number):
     """At once, wherever it is; what has begun to train says how to go on, and that works."""
     argv, trains = flags(*PARTIAL), where[0] in ("evaluate", "update")
