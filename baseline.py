@@ -1732,6 +1732,7 @@ def run_command(args):
               if threading.current_thread() is threading.main_thread() else ())
     handlers = {number: signal.signal(number, stop) for number in caught}
     warnings.filterwarnings("ignore", module="PIL")  # load_image refuses what it must
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # torch < 2.14 has no other name
     try:
         with processes():
             row = (predict if args.predict else export if args.export else train)(args)
@@ -3266,7 +3267,7 @@ def results_on(table, args, row, brief=False):
     """Return the results of a finished run, whose row this is, on the parts of a table."""
     run = set_up(argparse.Namespace(**vars(args) | {"output_dir": row["output_dir"]}), table,
                  row["seed"])
-    run.progress = load_checkpoint(row["checkpoint"])["progress"]
+    run.progress = load_checkpoint(Path(row["output_dir"], "baseline_last.pt"))["progress"]
     return results(run, brief)
 
 

@@ -204,6 +204,7 @@ def test_one_voice_and_one_set_of_files(runs):
     assert [sum(text in line for line in lines) for text in said] == [2, 2, 2, 1]
     errors = (runs / "stderr").read_text()
     assert errors.count("--freeze_layers does nothing") == 1 and "Traceback" not in errors
+    assert "FutureWarning" not in errors
     assert len(read_csv(runs / "repeats" / "runs.csv")) == 2
     for folder in (runs / "repeats" / "repeat_42", runs / "repeats" / "repeat_43"):
         assert {*os.listdir(folder)} == {"baseline_best.pt", "baseline_last.pt", "config.json",

@@ -95,6 +95,7 @@ def test_the_test_part_is_touched_by_winner_and_baseline_alone(train, monkeypatc
     assert len(val) == 2  # of two seeds, the same with and without the test part
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last == run.row == read_json(run.folder / "result.json")
+    assert last["epochs_run"] == 1 >= last["best_epoch"]
     for t in "qc":
         assert last[f"gain_baseline_{t}_low"] <= last[f"gain_baseline_{t}"] <= (
             last[f"gain_baseline_{t}_high"])
