@@ -123,7 +123,6 @@ def number(low, high=math.inf, kind=float, open_low=False, auto=False):
 
 
 label_scale = number(0, open_low=True, auto=True)
-fraction = number(0, 1)
 positive = number(0, open_low=True)
 positive_int = number(1, kind=int)
 whole = number(0, kind=int)
@@ -203,7 +202,7 @@ def build_parser():
     add("--head_lr", type=positive,
         help="peak rate of the heads; not given: lr where CLIP is frozen, else at least 1e-3")
     add("--weight_decay", type=number(0), default=1e-4, help="AdamW's; of matrices only")
-    add("--warmup_ratio", type=fraction, default=0.05, help="share of all updates that warm up")
+    add("--warmup_ratio", type=number(0, 1), default=0.05, help="share of all updates that warm up")
     add("--scheduler", choices=("cosine", "linear", "constant", "step"), default="cosine",
         help="learning rate after the warm-up")
     add("--step_lr_step_size", type=positive_int, default=1, help="epochs per decay of step")
@@ -862,11 +861,9 @@ def plain_attention(config):
 def find_blocks(encoder):
     """Return an encoder's blocks or stages in the order in which they run, [] if unknown."""
     for names in BLOCKS:
-        try:
+        with contextlib.suppress(AttributeError):
             modules = [encoder.get_submodule(name) for name in names.split()]
-        except AttributeError:
-            continue
-        return list(modules[0]) if len(modules) == 1 else modules
+            return list(modules[0]) if len(modules) == 1 else modules
     return []
 
 
@@ -890,8 +887,7 @@ class Tower:
         self.encoder, self.blocks = encoder, find_blocks(encoder)
         encoder.register_buffer("example", example, persistent=False)  # so that it moves along
         self.frozen = min(frozen, len(self.blocks)) if isinstance(frozen, int) else frozen
-        self.boundary = self.pooled_at = self.end = None
-        self.begin = 0
+        self.boundary, self.begin, self.end, self.pooled_at = None, 0, None, 0
         last = self.blocks[-1] if self.blocks else encoder
         # A causal text tower that pools at the end token reads nothing behind it.
         self.trims = (getattr(encoder, "attn_mask", None) is not None and encoder.cls_emb is None
@@ -906,12 +902,12 @@ class Tower:
             last, open_clip.transformer.CustomResidualAttentionBlock) and (
             last.attn.logit_scale is None and last.attn.head_scale is None)
         if self.pools_early:
-            last.forward = self.pooled_forward(last)
+            last.forward = functools.partial(self.pooled_forward, last)
         convolves = any(isinstance(module, nn.Conv2d) for module in last.modules())
         self.layout = torch.channels_last if convolves else torch.contiguous_format
         encoder.to(memory_format=self.layout)
         for i, block in enumerate(self.blocks[:self.frozen or 0] if self.frozen != "all" else ()):
-            block.forward = self.gate(block.forward, i)
+            block.forward = functools.partial(self.gate, block.forward, i)
 
     def halves(self):
         """Return which parameters the suffix alone depends on, and what its activations take.
@@ -946,29 +942,20 @@ class Tower:
                  for parameter in self.encoder.parameters()],
                 sum(t.untyped_storage().nbytes() for t in saved.values()) / len(x))
 
-    def freeze(self, trains, activations):
-        """Freeze all but what halves found to train."""
-        self.activations = activations
-        for parameter, one in zip(self.encoder.parameters(), trains):
-            parameter.requires_grad_(one)
-
-    def gate(self, run, i):
-        """Return the forward of the frozen block i (see the class); run: its own."""
+    def gate(self, run, i, x, *args, **kwargs):
+        """Be the forward of the frozen block i (see the class); run: its own."""
         pooled = self.pools_early and i == len(self.blocks) - 1
-
-        def forward(x, *args, **kwargs):
-            if i >= self.begin:
-                x = run(x, *args, **kwargs)
-            elif i == self.begin - 1:
-                x = self.boundary.expand(-1, x.shape[1], -1) if pooled else self.boundary
-            if i + 1 == self.end:
-                raise Reached(x[:, :1] if pooled else x)
-            return x
-        return forward
+        if i >= self.begin:
+            x = run(x, *args, **kwargs)
+        elif i == self.begin - 1:
+            x = self.boundary.expand(-1, x.shape[1], -1) if pooled else self.boundary
+        if i + 1 == self.end:
+            raise Reached(x[:, :1] if pooled else x)
+        return x
 
     def encode(self, x):
         """Return (B, D) unit-norm float32 embeddings by the encoder's own forward."""
-        self.pooled_at = self.ends(x) if self.trims else None
+        self.pooled_at = self.ends(x) if self.trims else 0
         out = self.encoder(x)
         return F.normalize((out[0] if isinstance(out, tuple) else out).float(), dim=-1)
 
@@ -1003,30 +990,26 @@ class Tower:
         eos = self.encoder.pool_type == "eos"
         return ((ids == self.encoder.eos_id).int() if eos else ids).argmax(dim=-1)
 
-    def pooled_forward(self, block):
-        """Return the forward of a last block that computes only the token that is pooled.
+    def pooled_forward(self, block, x, attn_mask=None):
+        """Be the forward of a last block that computes only the token that is pooled.
 
         Exact: keys and values need all tokens; query, projection and MLP one.
         """
-        attn = block.attn
-
-        def forward(x, attn_mask=None):
-            width, rows = x.shape[-1], torch.arange(len(x), device=x.device)
-            at = torch.zeros_like(rows) if self.pooled_at is None else self.pooled_at
-            y = block.ln_1(x)
-            weights, biases = (p.split([width, 2 * width]) for p in (attn.in_proj_weight,
-                                                                     attn.in_proj_bias))
-            query = F.linear(y[rows, at, None], weights[0], biases[0])
-            key, value = F.linear(y, weights[1], biases[1]).chunk(2, dim=-1)
-            query, key, value = (z.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-                                 for z in (query, key, value))
-            mask = None if attn_mask is None else attn_mask[at][:, None, None].to(query.dtype)
-            out = F.scaled_dot_product_attention(attn.ln_q(query), attn.ln_k(key), value, mask)
-            out = attn.out_proj(attn.ln_inner(out.transpose(1, 2).flatten(2)))
-            one = x[rows, at, None] + block.ls_1(block.ln_attn(out))
-            one = one + block.ls_2(block.mlp(block.ln_2(one)))
-            return one.expand(-1, x.shape[1], -1)  # whichever token is pooled, it is this one
-        return forward
+        attn, width = block.attn, x.shape[-1]
+        rows, at = torch.arange(len(x), device=x.device), self.pooled_at
+        y = block.ln_1(x)
+        weights, biases = (p.split([width, 2 * width])
+                           for p in (attn.in_proj_weight, attn.in_proj_bias))
+        query = F.linear(y[rows, at, None], weights[0], biases[0])
+        key, value = F.linear(y, weights[1], biases[1]).chunk(2, dim=-1)
+        query, key, value = (z.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+                             for z in (query, key, value))
+        mask = None if attn_mask is None else attn_mask[at][:, None, None].to(query.dtype)
+        out = F.scaled_dot_product_attention(attn.ln_q(query), attn.ln_k(key), value, mask)
+        out = attn.out_proj(attn.ln_inner(out.transpose(1, 2).flatten(2)))
+        one = x[rows, at, None] + block.ls_1(block.ln_attn(out))
+        one = one + block.ls_2(block.mlp(block.ln_2(one)))
+        return one.expand(-1, x.shape[1], -1)  # whichever token is pooled, it is this one
 
     def tune(self, args):
         """Recompute activations (--grad_checkpointing) or compile, block by block, what trains."""
@@ -1053,27 +1036,20 @@ def depends_on(y, parameters):
 
 def recomputed(block):
     """Return a block's forward whose activations are computed again in the backward pass."""
-    run = block.forward
     norms = [m for m in block.modules() if getattr(m, "track_running_stats", False)]
 
     @contextlib.contextmanager
     def without_statistics():  # BatchNorm has counted this batch already
-        kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+        buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        before = [buffer.clone() for buffer in buffers]
         try:
-            for norm in norms:
-                norm.momentum = 0.0
             yield
         finally:  # torch leaves by an exception where nothing more is needed
-            for norm, momentum, count in kept:
-                norm.momentum = momentum
-                norm.num_batches_tracked.copy_(count)
+            for buffer, value in zip(buffers, before):
+                buffer.copy_(value)
 
-    def forward(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return run(*args, **kwargs)
-        return checkpoint(run, *args, use_reentrant=False, **kwargs, context_fn=lambda: (
-            contextlib.nullcontext(), without_statistics()))
-    return forward
+    return functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=lambda: (
+        contextlib.nullcontext(), without_statistics()))
 
 
 def make_towers(clip, tokenizer, args, known):
@@ -1082,7 +1058,7 @@ def make_towers(clip, tokenizer, args, known):
     known: {(tower, frozen): Tower.halves} of an equal CLIP, which grows.
     """
     frozen = "all" if args.freeze_clip else args.freeze_layers if args.partial_freeze else None
-    towers, pixels = {}, torch.zeros(1, 3, *to_2tuple(clip.visual.image_size))
+    towers, trained, pixels = {}, set(), torch.zeros(1, 3, *to_2tuple(clip.visual.image_size))
     for name, encoder, example in (("image", clip.visual, pixels),
                                    ("text", clip.text, tokenizer(["a"]))):
         depth = len(find_blocks(encoder))
@@ -1097,9 +1073,8 @@ def make_towers(clip, tokenizer, args, known):
         towers[name] = tower = Tower(encoder, example, frozen)
         if (name, frozen) not in known:
             known[name, frozen] = tower.halves()
-        tower.freeze(*known[name, frozen])
-    trained = {p for tower in towers.values() for p in tower.encoder.parameters()
-               if p.requires_grad}
+        trains, tower.activations = known[name, frozen]
+        trained.update(itertools.compress(encoder.parameters(), trains))
     for parameter in clip.parameters():  # logit_scale, CoCa's decoder: no part of a score
         parameter.requires_grad_(parameter in trained)
     return towers
@@ -1160,19 +1135,17 @@ class ConsistencyHead(nn.Module):
 
     def __init__(self, dim, args):
         super().__init__()
-        self.residual = not args.no_residual_learning
-        self.scale = args.residual_scale_c if self.residual else 0.0
+        self.scale = 0.0 if args.no_residual_learning else args.residual_scale_c
         self.affine = nn.Parameter(torch.tensor([1.0, 0.0, 0.0]))  # a, b', e
         self.branch = mlp(2 * dim + 1, args.dropout) if args.use_two_branch else None
-        self.delta = (mlp(2 * dim + 1, args.dropout)
-                      if self.residual or not args.use_two_branch else None)
+        self.delta = mlp(2 * dim + 1, args.dropout) if self.scale or self.branch is None else None
 
     def forward(self, f, t, s, s0, q):
         x, (a, b, e) = pair_features(f, t, s), self.affine
         base = a * (s0 + 1) / 2 + b + e * q
         if self.branch is not None:
             base = (torch.sigmoid(a * s0 + b + e * q) + torch.sigmoid(self.branch(x))) / 2
-        if self.residual:
+        if self.scale:
             delta = torch.tanh(self.delta(x))
             return base + self.scale * delta, base, delta
         score = base if self.delta is None else torch.sigmoid(self.delta(x))
@@ -1180,9 +1153,8 @@ class ConsistencyHead(nn.Module):
 
 
 class Refinement(nn.Module):
-    """Correct a detached coarse consistency by at most `scale`, from a sequence of three tokens.
+    """Correct a detached coarse consistency by at most `scale`: a transformer over three tokens.
 
-    A transformer encoder reads image token, text token and coarse-score token.
     f, t: (B, D) unit-norm; coarse: (B,). Returns (B,) refined scores.
     """
 
@@ -1321,12 +1293,11 @@ def metrics(pred, mos, targets=TARGETS):
     for target in targets:
         x, y = (np.asarray(side[target], dtype=np.float64) for side in (pred, mos))
         x, y = x[~np.isnan(y)], y[~np.isnan(y)]
-        if not len(y):
-            continue
-        measured |= {f"srocc_{target}": correlation(scipy.stats.spearmanr, x, y),
-                     f"plcc_{target}": correlation(scipy.stats.pearsonr, x, y),
-                     f"krocc_{target}": correlation(scipy.stats.kendalltau, x, y),
-                     f"rmse_{target}": float(np.sqrt(np.mean((x - y) ** 2)))}
+        if len(y):
+            measured |= {f"srocc_{target}": correlation(scipy.stats.spearmanr, x, y),
+                         f"plcc_{target}": correlation(scipy.stats.pearsonr, x, y),
+                         f"krocc_{target}": correlation(scipy.stats.kendalltau, x, y),
+                         f"rmse_{target}": float(np.sqrt(np.mean((x - y) ** 2)))}
     return measured
 
 
@@ -1353,13 +1324,13 @@ def selected(args, targets):
             or (args.select_by == "mean" and getattr(args, f"w_{t}"))]
 
 
-def selection_score(values, args):
+def selection_score(values, args, part=""):
     """Return the SROCC that picks the best epoch; the mean is over the targets with a weight.
 
     An undefined one counts as -1, the worst, beside another one; -inf if all are undefined.
     """
-    sroccs = np.array([values[f"srocc_{t}"] for t in selected(args, TARGETS)
-                       if f"srocc_{t}" in values], float)
+    sroccs = np.array([values[f"{part}srocc_{t}"] for t in selected(args, TARGETS)
+                       if f"{part}srocc_{t}" in values], float)
     return -math.inf if np.isnan(sroccs).all() else float(np.nan_to_num(sroccs, nan=-1).mean())
 
 
@@ -1517,13 +1488,12 @@ def update(run, factor):
 def epoch_summary(run, views, outputs, names, ends_well):
     """Return {"loss", "loss_q", .., "srocc_q", ..} of an epoch's own outputs.
 
-    outputs: (places in views, (2 + losses, n): q, c and the losses `names`) of all steps. Raises
+    outputs: places in views (n,); q, c and the losses `names` there, (2 + losses, n). Raises
     UserError where a loss is not finite; fp16's scaler skips an update that overflows, so there
     only an epoch that does not end well has failed.
     """
-    args, frame = run.args, run.table.frame
-    rows = views.row[np.concatenate([places for places, _ in outputs])]
-    values = np.concatenate([value for _, value in outputs], axis=1)
+    args, frame, (places, values) = run.args, run.table.frame, outputs
+    rows = views.row[places]
     bad = ~np.isfinite(values).all(axis=0)
     if bad.any() and not (run.scaler.is_enabled() and ends_well):
         images = frame["name"].iloc[rows[bad]]
@@ -1532,9 +1502,8 @@ def epoch_summary(run, views, outputs, names, ends_well):
                         f"fp32; the last good checkpoint is in {args.output_dir}.")
     means = {"exp": 0.0}
     for name, value in zip(names, values[2:]):
-        if name in (*run.table.targets, "exp"):
-            has = has_loss(run, name, rows)
-            means[name] = float(value[has].mean()) if has.any() else 0.0
+        if (has := has_loss(run, name, rows)).any():
+            means[name] = float(value[has].mean())
     return {"loss": sum(getattr(args, f"w_{name}") * mean for name, mean in means.items()),
             **{f"loss_{name}": mean for name, mean in means.items()},
             **metrics(dict(zip(TARGETS, values)), frame.iloc[rows])}
@@ -1556,7 +1525,8 @@ def evaluate(run, part):
             out = forward(run, run.scorer, *x)
             values = torch.stack([out[name] for name in PREDICTIONS])
             outputs.append((views.row[kept > 0], values[:, :int(kept.sum())]))
-    pred = predictions(outputs).loc[rows]
+    places, values = everywhere(outputs)
+    pred = pd.DataFrame(values.T, places, PREDICTIONS).loc[rows]
     blank = run.table.frame["prompt"].iloc[rows].str.strip() == ""
     pred.loc[blank.to_numpy(), ["c", "c_base"]] = np.nan
     measured = metrics(pred, run.table.frame.iloc[rows])
@@ -1564,22 +1534,17 @@ def evaluate(run, part):
     return pred, measured | {"loss": loss}
 
 
-def predictions(outputs):
-    """Return a DataFrame of PREDICTIONS from all processes' (row numbers, (6, n) values)."""
-    rows, values = zip(*everywhere(outputs))
-    return pd.DataFrame(np.concatenate(values, axis=1).T, np.concatenate(rows), PREDICTIONS)
-
-
 def fit(run):
     """Train from run.progress's epoch to the last one, keeping the best and the last checkpoint."""
     args, progress = run.args, run.progress
     patience = args.early_stopping_patience or math.inf
-    with saving(run) as save:
+    with ThreadPoolExecutor(1) as disk:
+        saved = disk.submit(int)  # nothing yet
         if "best_epoch" not in progress:  # epoch 0 is a candidate for the best
             floors = floor_metrics(run, "val")
             score = selection_score(floors["start"], args)
             progress |= {"best_epoch": 0, "best_score": score, "reference": score}
-            save(best=True)
+            saved = save(run, True, disk, saved)
             print_start(floors)
         while progress["epoch"] < args.epochs and progress["waited"] < patience:
             began, epoch = time.perf_counter(), progress["epoch"] + 1
@@ -1598,8 +1563,9 @@ def fit(run):
                     "lr": run.optimizer.param_groups[0]["lr"],  # of CLIP, or of the heads alone
                     "seconds": time.perf_counter() - began}
             progress["log"].append({name: row[name] for name in LOG_COLUMNS if name in row})
-            save(better)
+            saved = save(run, better, disk, saved)
             print_epoch(row, rate, better)
+        saved.result()
     if progress["waited"] >= patience:
         print(f"early stopping: no gain of {args.early_stopping_min_delta:g} in "
               f"{progress['waited']} epochs")
@@ -1655,9 +1621,8 @@ def set_up(args, table, seed, content=None):
     texts_of = functools.partial(TextInputs, towers["text"], tokenizer, key, args, device)
     teacher = None
     if args.use_explanations:
-        teacher = texts_of("explanations", table.explanations).embed()
-        rows = table.frame["explanation_id"].clip(lower=0).to_numpy(copy=True)
-        teacher = teacher[rows].to(device)
+        rows = table.frame["explanation_id"].to_numpy(copy=True)  # -1, of none, is the last one's
+        teacher = texts_of("explanations", table.explanations).embed()[rows].to(device)
     antonyms = texts_of("antonyms", ["Good photo.", "Bad photo."]).embed()
     images = ImageInputs(scorer, table, key, args, device)
     texts = texts_of("prompts", table.prompts, keep=True)
@@ -1720,14 +1685,15 @@ def train(args):
     return row
 
 
-def run_command(args):
-    """Train or score as parsed arguments say; returns the row of results, None after scoring.
+def main(argv=None, args=None):
+    """Train or score as argv or parsed args say; returns the row of results, None after scoring.
 
     Errors of the user end with status 2; SIGINT and SIGTERM at once, with 130 and 143.
     """
     def stop(number, _frame):
         raise KeyboardInterrupt(number)
 
+    args = args or parse_args(argv)
     caught = ((signal.SIGINT, signal.SIGTERM)
               if threading.current_thread() is threading.main_thread() else ())
     handlers = {number: signal.signal(number, stop) for number in caught}
@@ -1749,11 +1715,6 @@ def run_command(args):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return row
-
-
-def main(argv=None):
-    """Run a command line in this process, as the shell would (see run_command)."""
-    return run_command(parse_args(argv))
 
 
 # --- what the towers read -------------------------------------------------------------------
@@ -1932,22 +1893,20 @@ def cached(args, kind, key, batches, compute):
         return array
     half = path.with_name(f".{path.name}.{gather(os.urandom(8).hex())[RANK - LOCAL_RANK]}")
     mine = batches[LOCAL_RANK::LOCAL_WORLD] or batches[:1]  # two may write the same
-    computed, header = zip(mine, map(as_numpy, compute(mine))), io.BytesIO()
+    computed = zip(mine, map(as_numpy, compute(mine)))
     with contextlib.ExitStack() as at_the_end:
         at_the_end.enter_context(must_write(path.parent, "another --cache_dir, or --cache off"))
         at_the_end.callback(half.unlink, missing_ok=True)
         rows, values = next(computed)
-        np.lib.format.write_array_header_1_0(header, {
-            "descr": np.lib.format.dtype_to_descr(values.dtype), "fortran_order": False,
-            "shape": (count, *values.shape[1:])})
         fits = LOCAL_RANK > 0 or make_room(path, kind, count * values[0].nbytes, args)
         if LOCAL_RANK == 0 and fits:
-            half.write_bytes(header.getvalue())
+            np.lib.format.open_memmap(half, "w+", values.dtype, (count, *values.shape[1:]))
         if not all(gather(fits)):
             return None
+        begin = np.load(half, mmap_mode="r").offset
         with open(half, "r+b") as file:  # not by a memory map: a full disk would be a SIGBUS
             for rows, values in itertools.chain([(rows, values)], computed):
-                file.seek(header.tell() + rows[0] * values[0].nbytes)
+                file.seek(begin + rows[0] * values[0].nbytes)
                 file.write(values)
         gather(None)
         if LOCAL_RANK == 0:
@@ -2268,7 +2227,6 @@ def fit_floors(f, t, antonyms, table, train, args):
     return floors
 
 
-@torch.no_grad()
 def calibrate(scorer, f, t, s0, table, train):
     """Start the base where CLIP already is (linear probing first: Kumar et al., ICLR 2022).
 
@@ -2302,6 +2260,7 @@ def calibrate(scorer, f, t, s0, table, train):
         head.affine.copy_(torch.linalg.pinv(x) @ left)
 
 
+@torch.no_grad()
 def start(scorer, images, texts, antonyms, table, parts, args):
     """Bring the scorer to where training starts; returns (floors, (N,) cosines before training).
 
@@ -2329,8 +2288,7 @@ def start(scorer, images, texts, antonyms, table, parts, args):
     if "q" not in table.targets:  # it stays 0.5, so that consistency takes no noise from it
         nn.init.zeros_(scorer.quality.base.weight)
         nn.init.zeros_(scorer.quality.base.bias)
-    with torch.no_grad():
-        scores = scorer.score(f, t, s0)
+    scores = scorer.score(f, t, s0)
     return {"start": {t: scores[t].cpu().numpy() for t in table.targets}} | floors, s0
 
 
@@ -2397,9 +2355,10 @@ def gather(thing):
 
 
 def everywhere(outputs):
-    """Return the (rows, (M, n) values) of all processes' steps, as numpy."""
+    """Return (rows (n,), values (M, n)) of all processes' steps, as numpy."""
     mine = [(rows, values.float().cpu().numpy()) for rows, values in outputs]
-    return list(itertools.chain(*gather(mine)))
+    rows, values = zip(*itertools.chain(*gather(mine)))
+    return np.concatenate(rows), np.concatenate(values, axis=1)
 
 
 def settle_precision(args, device=None):
@@ -2523,24 +2482,13 @@ def snapshot(run):
         "scaler": run.scaler.state_dict(), "progress": run.progress, "processes": WORLD})
 
 
-@contextlib.contextmanager
-def saving(run):
-    """Yield save(best), which writes a snapshot by a thread; the last is whole when the block ends.
+def save(run, best, disk, before):
+    """Let a thread, `disk`, write a snapshot; returns its future.
 
-    It waits for the one before, so that a kill costs one epoch at most.
+    before: that of the snapshot before, which is waited for: a kill costs one epoch at most.
     """
-    before = []
-
-    def save(best):
-        for future in before:
-            future.result()  # raises what writing it has raised
-        before[:] = [disk.submit(write_checkpoint, run.args, snapshot(run), best)
-                     ] if RANK == 0 else []
-
-    with ThreadPoolExecutor(1) as disk:
-        yield save
-        for future in before:
-            future.result()
+    before.result()  # raises what writing it has raised
+    return disk.submit(write_checkpoint, run.args, snapshot(run), best) if RANK == 0 else before
 
 
 def write_checkpoint(args, content, best):
@@ -3121,11 +3069,10 @@ class Candidate:
 
     def scores(self):
         """Return what picks the best epoch, of the validation part of each split."""
-        return np.array([selection_score({name[4:]: value for name, value in row.items()
-                                          if name[:4] == "val_"}, self.args) for row in self.rows])
+        return np.array([selection_score(row, self.args, "val_") for row in self.rows])
 
 
-def stage_flags(stage, best):
+def stage_flags(stage, best, table):
     """Return the flags that a stage of the card tries on the best candidate; [] has none."""
     args, row = best.args, best.rows[0]
     if stage == "learning rate":
@@ -3138,6 +3085,10 @@ def stage_flags(stage, best):
         return [f"--residual_scale_q {scale} --residual_scale_c {scale}" for scale in (0.15, 0.25)
                 if not args.no_residual_learning
                 and (scale, scale) != (args.residual_scale_q, args.residual_scale_c)]
+    if not {"gap_q", "gap_c"} & row.keys():  # a diagnosis needs the training part as well
+        print("\nthe diagnosis of the best so far:")
+        row = results_on(table, args, row)[1] | row
+        save_text(Path(row["output_dir"], "result.json"), json_text(row))
     log = pd.read_csv(Path(row["output_dir"], args.log_csv)).to_dict("records")
     return [flags for _, _, flags in training_advice(args, log, row) if flags.strip()]
 
@@ -3147,16 +3098,13 @@ def paired_gains(new, old, table):
 
     new, old: predictions of the same rows, one DataFrame for each split, whose mean it is.
     """
-    gains = 0
-    for a, b in zip(new, old):
-        frame, drawn = table.frame.iloc[a.index], {}
-        for t in table.targets:
-            known = frame[t].notna().to_numpy()
-            draws = bootstrap({"new": a[t][known], "old": b[t][known]}, frame[t][known],
-                              frame["group_id"][known].to_numpy())
-            drawn[t] = draws["new"] - draws["old"]
-        gains += pd.DataFrame(drawn) / len(new)
-    return gains
+    gains = dict.fromkeys(table.targets, 0)
+    for (a, b), t in itertools.product(zip(new, old), table.targets):
+        rows = a.index[table.frame[t].iloc[a.index].notna()]
+        draws = bootstrap({"new": a[t][rows], "old": b[t][rows]},
+                          *table.frame[[t, "group_id"]].to_numpy()[rows].T)
+        gains[t] += (draws["new"] - draws["old"]) / len(new)
+    return pd.DataFrame(gains)
 
 
 def gain_margin(new, old, table):
@@ -3167,14 +3115,11 @@ def gain_margin(new, old, table):
     if len(new.rows) > 1 and not new.args.split_column:
         ratio = new.rows[0]["images_val"] / new.rows[0]["images_train"]
         return split_margin((new.scores() - old.scores()).std(ddof=1), len(new.rows), ratio)
-    names, preds = pd.Index(table.frame["name"]), []
-    for row in (*new.rows, *old.rows):
-        pred = pd.read_csv(Path(row["output_dir"], "val_predictions.csv"), dtype={"name": str})
-        preds.append(pred.set_index(names.get_indexer(pred["name"])).rename(
-            columns={title: t for t, title in TITLES.items()}))
-    gains = paired_gains(preds[:len(new.rows)], preds[len(new.rows):], table)
-    ends = gains[selected(new.args, table.targets)].mean(axis=1).quantile([0.025, 0.975])
-    return float(ends.iloc[1] - ends.iloc[0]) / 2
+    preds = ([pd.read_csv(Path(row["output_dir"], "val_predictions.csv")).rename(columns=SCORES)
+              .set_axis(split_rows(table, each.args, row["seed"])["val"]) for row in each.rows]
+             for each in (new, old))
+    gains = paired_gains(*preds, table)[selected(new.args, table.targets)].mean(axis=1)
+    return float(np.ptp(gains.quantile([0.025, 0.975]))) / 2
 
 
 def set_test_aside(args, table):
@@ -3190,8 +3135,7 @@ def set_test_aside(args, table):
     if scored < 2:
         raise UserError(f"--tune needs a test part with scores, but --split_column "
                         f"{args.split_column} has {scored} such rows: name some rows test.")
-    given = table.frame.get("part", pd.Series("train", table.frame.index)).to_numpy(object)
-    tested = np.isin(np.arange(len(given)), test)
+    tested, given = np.isin(np.arange(len(table.frame)), test), table.frame.get("part", "train")
     return [replace(table, frame=table.frame.assign(part=np.where(tested, part, given)))
             for part in ("none", "test")]
 
@@ -3223,10 +3167,8 @@ def tune(args, table):
     first = best = try_flags(args, table, "baseline", 0, "")
     candidates = [first]
     for stage in STAGES:
-        if stage == "remedies":
-            best.rows[0] = completed(best, table)
         tried = [try_flags(args, table, stage, number, f"{best.flags} {flags}")
-                 for number, flags in enumerate(stage_flags(stage, best))]
+                 for number, flags in enumerate(stage_flags(stage, best, table))]
         if not tried:
             print(f"\n=== {stage}: does not apply")
             continue
@@ -3237,7 +3179,10 @@ def tune(args, table):
         top.kept = "yes" if gain > top.spread else "no: within the noise" if gain > 0 else "no"
         candidates += tried
         best = top if top.kept == "yes" else best
-    frame = tuning_frame(candidates)
+    frame = pd.DataFrame([
+        {"stage": new.stage, "flags": new.flags}
+        | pd.DataFrame(new.rows).filter(like="val_srocc_").mean(skipna=False).to_dict()
+        | {"spread": new.spread, "kept": new.kept} for new in candidates]).round(4)
     print(f"\n{frame.to_string(index=False)}")
     save_text(folder / "tuning.csv", frame.to_csv(index=False))
     if not args.no_plots and RANK == 0:
@@ -3254,15 +3199,6 @@ def tune(args, table):
     return row
 
 
-def tuning_frame(candidates):
-    """Return a row per candidate: stage, flags, mean validation SROCC, spread, whether kept."""
-    return pd.DataFrame([
-        {"stage": new.stage, "flags": new.flags} | {
-            f"val_srocc_{t}": round(float(np.mean([row[f"val_srocc_{t}"] for row in new.rows])), 4)
-            for t in TARGETS if f"val_srocc_{t}" in new.rows[0]}
-        | {"spread": round(new.spread, 4), "kept": new.kept} for new in candidates])
-
-
 def results_on(table, args, row, brief=False):
     """Return the results of a finished run, whose row this is, on the parts of a table."""
     run = set_up(argparse.Namespace(**vars(args) | {"output_dir": row["output_dir"]}), table,
@@ -3271,21 +3207,8 @@ def results_on(table, args, row, brief=False):
     return results(run, brief)
 
 
-def completed(best, table):
-    """Return the first row of a Candidate with what the diagnosis needs: its training part."""
-    row = best.rows[0]
-    if not {"gap_q", "gap_c"} & row.keys():
-        print("\nthe diagnosis of the best so far:")
-        row = results_on(table, best.args, row)[1] | row
-        save_text(Path(row["output_dir"], "result.json"), json_text(row))
-    return row
-
-
 def tested_row(best, first, table):
-    """Evaluate two candidates on the test part; returns the row of best's first split.
-
-    gain_baseline_q, .. of it are means over the splits, their intervals by bootstrap over prompts.
-    """
+    """Return the row of best's first split on the test part, with best's mean gain over first."""
     new = [results_on(table, best.args, row) for row in best.rows]
     old = new if best is first else [results_on(table, first.args, row, brief=True)
                                      for row in first.rows]
@@ -3307,11 +3230,7 @@ SCALE_BY_IMAGES = ((500, 0.1, 0.1), (3000, 0.2, 0.2), (10_000, 0.3, 0.3), (math.
 
 
 def settings_advice(args, images, depth, targets=TARGETS):
-    """Return rows of (what, evidence, flags) by the card's rules that need no training.
-
-    images: of the training part; depth: of the image tower; the few stages of a convolutional trunk
-    are outside the rule about it.
-    """
+    """Return rows of (what, evidence, flags) by the card's rules that need no training."""
     mode = "frozen" if args.freeze_clip else "partial" if args.partial_freeze else "full"
     low, high = LR_RANGES[mode]
     small, large = next((a, b) for limit, a, b in SCALE_BY_IMAGES if images < limit)
@@ -3331,7 +3250,7 @@ def settings_advice(args, images, depth, targets=TARGETS):
          f"the first {args.step_lr_step_size} of {args.epochs} epochs, before the first decay",
          f"--step_lr_step_size {-(-args.epochs // 3)}"),
         ("freeze_layers unusual for this tower", mode == "partial" and depth >= 12
-         and not depth / 2 <= args.freeze_layers <= depth * 11 / 12,
+         and not depth / 2 <= args.freeze_layers <= depth * 11 / 12,  # a trunk has few stages
          f"{args.freeze_layers} of {depth} blocks are frozen; two thirds to five sixths are usual",
          f"--freeze_layers {round(depth * 3 / 4)}")]
     return [(what, why, flags) for what, fires, why, flags in rows if fires]
@@ -3351,10 +3270,7 @@ def remedy(args, up, down):
 
 
 def training_advice(args, log, row):
-    """Return rows of (what, evidence, flags): the card's diagnoses of a finished run.
-
-    log: rows of the epochs; row: of results.
-    """
+    """Return rows of (what, evidence, flags): the card's diagnoses of a finished run."""
     depth = row["blocks"]  # of the image tower, 0 if unknown
     last, best, targets = log[-1], row["best_epoch"], [t for t in TARGETS if f"gap_{t}" in row]
     widest = max(row[f"gap_{t}"] for t in targets)
@@ -3418,7 +3334,8 @@ def picture(path, rows, columns, size):
     from matplotlib import font_manager, rc_context
     from matplotlib.figure import Figure
     here = sorted({*FONTS} & {*font_manager.get_font_names()}, key=FONTS.index)  # others take time
-    with rc_context({"font.family": here}), warnings.catch_warnings(action="ignore"):
+    style = {"font.family": here, "axes.grid": True, "grid.alpha": 0.25}
+    with rc_context(style), warnings.catch_warnings(action="ignore"):
         figure = Figure(figsize=size, layout="constrained")
         yield figure.subplots(rows, columns, squeeze=False)
         with writing(path) as half:
@@ -3436,7 +3353,6 @@ def draw_curves(log, best_epoch, floors, path):
                 axis.plot(log["epoch"], log[f"{part}_{name}"], style, label=f"{part}_{name}",
                           color=COLOURS.get(name[-1], "#666666"))
             axis.set(title=name.upper(), xlabel="epoch")
-            axis.grid(alpha=0.25)
             for (floor, measured), line in zip(floors.items(), ("-", "-.", ":", "--")):
                 far = (floor, name) == ("zero_shot", "srocc_q")  # it would flatten the curves
                 if np.isfinite(measured.get(name, np.nan)) and not far:
@@ -3460,7 +3376,6 @@ def draw_scatter(sides, table, row, path):
                            f"PLCC {row[f'{part}_plcc_{t}']:.3f}", aspect="equal",
                      xlabel="human MOS ({:g} to {:g})".format(*ends), xlim=ends,
                      ylabel="predicted MOS ({:g} to {:g})".format(*ends), ylim=ends)
-            axis.grid(alpha=0.25)
 
 
 def draw_worst(sides, frame, path):
@@ -3497,7 +3412,6 @@ def draw_tuning(frame, path):
             axis.set_yticks(-frame.index, labels if name == names[0] else [""] * len(frame),
                             fontsize=7)
             axis.set(title=name.upper(), xlabel="+- half the interval of the gain")
-            axis.grid(alpha=0.25)
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>baseline.py report</title>
@@ -3973,4 +3887,4 @@ def predict(args):
 if __name__ == "__main__":
     gc.freeze()  # what they made is not searched again, least of all at the exit
     gc.enable()
-    run_command(ARGS)
+    main(args=ARGS)

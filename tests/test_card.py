@@ -345,7 +345,7 @@ def test_flow_is_the_programs(tmp_path):
            *(f"{epoch},0.1,1,0.9,1,0.9" for epoch in range(1, 21))]
     (tmp_path / args.log_csv).write_text("\n".join(log), encoding="utf-8")
     best = baseline.Candidate("baseline", "", args, [row])
-    tried = [[given(shlex.split(flags)) for flags in baseline.stage_flags(stage, best)]
+    tried = [[given(shlex.split(flags)) for flags in baseline.stage_flags(stage, best, None)]
              for stage in baseline.STAGES]
     assert tried == list(FLOW.values())[1:]
 
