@@ -306,8 +306,10 @@ def warn_of_idle_flags(args, given):
         for flag in [flag for flag in flags if flag in given and idle]:
             print(f"WARNING: --{flag} does nothing without --{' or --'.join(others)}",
                   file=sys.stderr)
-    if args.grad_checkpointing and args.freeze_clip:
-        print("WARNING: --grad_checkpointing does nothing with --freeze_clip", file=sys.stderr)
+    for flag, other in (("compile", "freeze_clip"), ("compile", "grad_checkpointing"),
+                        ("grad_checkpointing", "freeze_clip")):
+        if getattr(args, flag) and getattr(args, other):
+            print(f"WARNING: --{flag} does nothing with --{other}", file=sys.stderr)
 
 
 if __name__ == "__main__":
@@ -1015,9 +1017,9 @@ class Tower:
         """Recompute activations (--grad_checkpointing) or compile, block by block, what trains."""
         blocks = self.blocks or [self.encoder]
         for block in blocks[self.frozen or 0:] if self.frozen != "all" else []:
-            if args.grad_checkpointing:
+            if args.grad_checkpointing:  # torch compiles none of it
                 block.forward = recomputed(block)
-            if args.compile:
+            elif args.compile:
                 block.compile()
 
     def leave(self):

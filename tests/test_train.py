@@ -434,6 +434,20 @@ def test_a_loss_that_is_not_finite_names_its_image(refused, monkeypatch, data, t
     assert len(read_csv(tmp_path / "out" / "training_log.csv")) == 1
 
 
+@pytest.mark.parametrize("names, said", [
+    (["compile", "grad_checkpointing"], [("compile", "grad_checkpointing")]),
+    (["compile", "freeze_clip"], [("compile", "freeze_clip")]),
+    (["grad_checkpointing", "freeze_clip"], [("grad_checkpointing", "freeze_clip")]),
+    (["compile"], []), (["grad_checkpointing"], [])])
+def test_flags_that_do_nothing_beside_others_are_said(train, capsys, names, said):
+    """And they train all the same: nothing is compiled, nothing fails."""
+    train(*[f"--{flag}" for flag in names if len(names) > 1], "--epochs", 1)
+    capsys.readouterr()
+    baseline.parse_args([f"--{flag}" for flag in names])
+    warned = [line for line in capsys.readouterr().err.splitlines() if "does nothing" in line]
+    assert warned == [f"WARNING: --{flag} does nothing with --{other}" for flag, other in said]
+
+
 # --- precision and repeatability ------------------------------------------------------------
 
 
