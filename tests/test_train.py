@@ -441,7 +441,8 @@ def test_a_loss_that_is_not_finite_names_its_image(refused, monkeypatch, data, t
     (["compile"], []), (["grad_checkpointing"], [])])
 def test_flags_that_do_nothing_beside_others_are_said(train, capsys, names, said):
     """And they train all the same: nothing is compiled, nothing fails."""
-    train(*[f"--{flag}" for flag in names if len(names) > 1], "--epochs", 1)
+    if said:
+        train(*[f"--{flag}" for flag in names], "--epochs", 1)
     capsys.readouterr()
     baseline.parse_args([f"--{flag}" for flag in names])
     warned = [line for line in capsys.readouterr().err.splitlines() if "does nothing" in line]
