@@ -1556,7 +1556,8 @@ def fit(run):
             pred, values = evaluate(run, "val")
             score = selection_score(values, args)
             better = score > progress["best_score"]
-            run.best = (pred, values) if better else run.best
+            if better:
+                run.best = pred, values
             progress |= {"epoch": epoch, "waited": progress["waited"] + 1}
             if score > progress["reference"] + args.early_stopping_min_delta:  # small gains add up
                 progress |= {"reference": score, "waited": 0}
@@ -2858,16 +2859,24 @@ def results(run, brief=False):
                     f"largest_delta_{t}": float(size.max())}
         drawn = bootstrap({"run": pred[t]} | {name: of[t][rows] for name, of in run.floors.items()},
                           *frame[[t, "group_id"]].to_numpy()[rows].T)
-        floors = drawn.drop(columns="run")
-        if (floors.quantile(0.975) < 0).any():
+        if (drawn.drop(columns="run").quantile(0.975) < 0).any():
             print(f"{TITLES[t]}: the SROCC of a floor is clearly below 0: higher scores must be "
                   f"better; turn DMOS round (its maximum minus each)")
-        spans = floors.rsub(drawn["run"], axis=0).add_prefix("gain_").assign(interval=drawn["run"])
-        for name, ends in spans.quantile([0.025, 0.975]).items():
-            row |= dict(zip((f"{name}_{t}_low", f"{name}_{t}_high"), ends))
-        for name in run.floors:
-            row[f"gain_{name}_{t}"] = row[f"{judged}_srocc_{t}"] - row[f"{name}_srocc_{t}"]
+        row |= intervals(drawn, t) | {
+            f"gain_{name}_{t}": row[f"{judged}_srocc_{t}"] - row[f"{name}_srocc_{t}"]
+            for name in run.floors}
     return preds, row
+
+
+def intervals(drawn, t):
+    """Return {"interval_<t>_low", .., "gain_<floor>_<t>_high"}, 95 % each, of bootstrap's draws.
+
+    drawn: of "run" and of each floor, which are paired.
+    """
+    gains = drawn.drop(columns="run").rsub(drawn["run"], axis=0).add_prefix("gain_")
+    ends = gains.assign(interval=drawn["run"]).quantile([0.025, 0.975])
+    return {f"{name}_{t}_{end}": value for name in ends
+            for end, value in zip(("low", "high"), ends[name])}
 
 
 def score_table(rows):
@@ -3247,13 +3256,13 @@ def settings_advice(args, images, depth, targets=TARGETS):
          and not small / 2 <= min(scales.values()) <= max(scales.values()) <= 2 * large,
          f"scales {' and '.join(f'{scale:g}' for scale in scales.values())}, but {images} training "
          f"images usually want {small:g}", " ".join(f"--{name} {small:g}" for name in scales)),
-        ("steps that end the learning early", args.scheduler == "step"
-         and args.step_lr_gamma ** ((args.epochs - 1) // args.step_lr_step_size) < 0.01,
+        ("steps that end the learning early", args.scheduler == "step" and rates[-1] < 0.01,
          f"{sum(rates[:args.step_lr_step_size]) / sum(rates):.0%} of the learning rates' sum is in "
          f"the first {args.step_lr_step_size} of {args.epochs} epochs, before the first decay",
          f"--step_lr_step_size {-(-args.epochs // 3)}"),
-        ("freeze_layers unusual for this tower", mode == "partial" and depth >= 12
-         and not depth / 2 <= args.freeze_layers <= depth * 11 / 12,  # a trunk has few stages
+        ("freeze_layers unusual for this tower",
+         mode == "partial" and depth >= 12  # a convolutional trunk has fewer stages
+         and not depth / 2 <= args.freeze_layers <= depth * 11 / 12,
          f"{args.freeze_layers} of {depth} blocks are frozen; two thirds to five sixths are usual",
          f"--freeze_layers {round(depth * 3 / 4)}")]
     return [(what, why, flags) for what, fires, why, flags in rows if fires]
